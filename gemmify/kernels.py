@@ -1,0 +1,100 @@
+"""One layer to its kernels: a lowering's stages, each compiled to a scheduled PrimFunc of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tvm import te, tirx
+
+from lowering import Lowering, LoweringCost, Problem, Stage, Tile
+from lowering.base import activation_shape, output_shape, weight_shape
+from lowering.epilogue import PER_CHANNEL, EpilogueOp, make_epilogue
+from schedules import Machine, schedule_func
+from schedules.cpu.tile import TileRequest, choose_tile
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One stage, scheduled. `reads` names the stages (or `data`, `weight`) that are its first arguments; the output stage
+    also takes the epilogue's operands, then every kernel takes the tensor that it writes, of shape `shape`."""
+
+    name: str
+    reads: tuple[str, ...]
+    func: tirx.PrimFunc
+    kind: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """A layer in one lowering: its kernels in order, the tile that they were built for, and the cost by formula."""
+
+    lowering: Lowering
+    problem: Problem
+    tile: Tile
+    cost: LoweringCost
+    kernels: tuple[Kernel, ...]
+
+
+@lru_cache(maxsize=4096)
+def tile_for(lowering: Lowering, problem: Problem, machine: Machine) -> Tile:
+    """The default register tile of a lowering of `problem` on `machine`."""
+    axes = lowering.axes(problem)
+    request = TileRequest(
+        axes.outer, axes.inner, axes.n, axes.k, axes.groups, problem.dtype, axes.vector_a, axes.nr_divides
+    )
+    return Tile(*choose_tile(request, machine))
+
+
+def operand_shape(op: EpilogueOp, problem: Problem, layout: str) -> tuple[int, ...]:
+    """Shape of an epilogue operand in the lowering's layout: `(M,)`, or the output's shape."""
+    return (problem.m,) if op.kind in PER_CHANNEL else output_shape(problem, layout)
+
+
+@lru_cache(maxsize=1024)
+def layer_kernels(
+    lowering: Lowering, problem: Problem, machine: Machine, ops: tuple[EpilogueOp, ...] = (), tile: Tile | None = None
+) -> LayerKernels:
+    """Build and schedule every stage of `lowering` for `problem`. Equal arguments give the same kernels.
+
+    The operands are numbered as in `ops`; those of kind bias/scale have shape `(M,)`, the others the output's.
+    """
+    tile = tile or tile_for(lowering, problem, machine)
+    operands = _operand_placeholders(lowering, problem, ops)
+    stages = lowering.build(problem, tile, make_epilogue(ops, operands, lowering.layout))
+    shapes = {"data": activation_shape(problem, lowering.layout), "weight": weight_shape(problem)}
+    kernels = []
+    for stage in stages:
+        kernel = _stage_kernel(stage, shapes, problem.dtype, operands if stage.kind == "output" else (), machine)
+        shapes[stage.name] = kernel.shape
+        kernels.append(kernel)
+    return LayerKernels(lowering, problem, tile, lowering.cost(problem, tile), tuple(kernels))
+
+
+def _operand_placeholders(lowering: Lowering, problem: Problem, ops: Sequence[EpilogueOp]) -> list[te.Tensor]:
+    by_index = {op.operand: op for op in ops if op.operand is not None}
+    return [
+        te.placeholder(operand_shape(by_index[i], problem, lowering.layout), problem.dtype, name=f"operand{i}")
+        for i in sorted(by_index)
+    ]
+
+
+def _stage_kernel(
+    stage: Stage,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    operands: Sequence[te.Tensor],
+    machine: Machine,
+) -> Kernel:
+    inputs = [te.placeholder(shapes[name], dtype, name=name) for name in stage.reads]
+    output = stage.compute(*inputs)
+    func = te.create_prim_func([*inputs, *operands, output])
+    shape = tuple(int(extent) for extent in output.shape)
+    func = schedule_func(func, machine)
+    if stage.kind == "workspace":
+        func = func.with_attr("gemmify.workspace", 1)
+    return Kernel(stage.name, stage.reads, func, stage.kind, shape)
+
+

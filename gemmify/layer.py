@@ -1,0 +1,97 @@
+"""One layer on its own: build it in one lowering, run it on arrays, time it. For benches, tests and tuning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import tvm
+
+from lowering import LOWERINGS, Lowering, Problem, Tile
+from lowering.base import output_shape
+from lowering.epilogue import EpilogueOp
+from schedules import Machine
+
+from .errors import InputError
+from .kernels import LayerKernels, layer_kernels
+
+
+@dataclass
+class LayerKernel:
+    """A compiled layer. Workspaces belong to it, so that calling it again allocates nothing."""
+
+    kernels: LayerKernels
+    functions: list[tvm.runtime.Module]
+    _tensors: dict[str, tvm.runtime.Tensor] = field(default_factory=dict)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the workspace tensors that are really allocated."""
+        element = self.kernels.problem.element
+        return sum(int(np.prod(k.shape)) * element for k in self.kernels.kernels if k.kind == "workspace")
+
+    def bind(self, data: np.ndarray, weight: np.ndarray, operands: Sequence[np.ndarray] = ()) -> None:
+        """Give the layer its tensors (in the lowering's layout) and transform the weight; everything it will write is NaN."""
+        self._tensors = {"data": tvm.runtime.tensor(data), "weight": tvm.runtime.tensor(weight)}
+        self._operands = [tvm.runtime.tensor(o) for o in operands]
+        for kernel, function in zip(self.kernels.kernels, self.functions, strict=True):
+            poison = np.full(kernel.shape, np.nan, self.kernels.problem.dtype)
+            self._tensors[kernel.name] = tvm.runtime.tensor(poison)
+            if kernel.kind == "weight":
+                function["main"](*(self._tensors[r] for r in kernel.reads), self._tensors[kernel.name])
+
+    def __call__(self) -> None:
+        """Run the activation stages on the bound tensors."""
+        for kernel, function in zip(self.kernels.kernels, self.functions, strict=True):
+            if kernel.kind == "weight":
+                continue
+            extra = self._operands if kernel.kind == "output" else []
+            function["main"](*(self._tensors[r] for r in kernel.reads), *extra, self._tensors[kernel.name])
+
+    def output(self) -> np.ndarray:
+        """The output of the last call, in the lowering's layout."""
+        last = self.kernels.kernels[-1].name
+        shape = output_shape(self.kernels.problem, self.kernels.lowering.layout)
+        return self._tensors[last].numpy().reshape(shape)
+
+    def run(self, data: np.ndarray, weight: np.ndarray, operands: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """Bind and run once."""
+        self.bind(data, weight, operands)
+        self()
+        return self.output()
+
+    def time(self, repeat: int = 15, warmup: int = 2) -> list[float]:
+        """Seconds of each of `repeat` calls on the bound tensors, all activation stages included."""
+        for _ in range(warmup):
+            self()
+        seconds = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            self()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def compile_layer(
+    problem: Problem,
+    lowering: str | Lowering,
+    target: tvm.target.Target,
+    *,
+    epilogue: Sequence[EpilogueOp] = (EpilogueOp("bias", 0), EpilogueOp("relu")),
+    tile: Tile | None = None,
+) -> LayerKernel:
+    """Compile one layer in one lowering. Raises InputError where the lowering is unknown or does not apply."""
+    if isinstance(lowering, str):
+        if lowering not in LOWERINGS:
+            raise InputError(f"lowering {lowering!r} is not one of {', '.join(LOWERINGS)}")
+        lowering = LOWERINGS[lowering]
+    if (reason := lowering.applicable(problem)) is not None:
+        raise InputError(f"lowering {lowering.key} does not apply: {reason}")
+    kernels = layer_kernels(lowering, problem, Machine.from_target(target), tuple(epilogue), tile)
+    functions = [
+        tvm.compile(tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target)
+        for k in kernels.kernels
+    ]
+    return LayerKernel(kernels, functions)

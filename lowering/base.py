@@ -1,0 +1,189 @@
+"""The contract of a lowering: when it applies, what it costs, and how it is built, apart from any target.
+
+A lowering is a chain of `Stage`s. Each stage is one tensor expression that reads the layer's tensors or an earlier
+stage and writes one tensor: the transformed weight (folded at compile time), a workspace (which the memory planner
+sees), or the output. `gemmify` compiles each stage to a kernel of its own; `lowering.passes` composes the same stages
+into one PrimFunc.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tvm import te, tirx
+
+from .problem import ConvProblem, Problem
+
+Index = tuple[Any, ...]
+Epilogue = Callable[[Any, Index], Any]
+"""`epilogue(value, index)`: the output element at `index` (output layout) from the GEMM's `value`."""
+
+
+def no_epilogue(value: Any, index: Index) -> Any:
+    """The identity: the output is the GEMM itself."""
+    del index
+    return value
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a lowering does not apply: one clause that names the condition and what was found."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The register tile that a GEMM is built for: `mr` rows of `m` by `nr` columns of `n`, held in registers."""
+
+    mr: int
+    nr: int
+
+    def __post_init__(self) -> None:
+        if self.mr < 1 or self.nr < 1:
+            raise ValueError(f"a register tile needs mr and nr of at least 1, got {self.mr} x {self.nr}")
+
+
+@dataclass(frozen=True)
+class GemmAxes:
+    """What a tile is chosen for: `outer` independent rows of `inner` consecutive `m`, `groups` GEMMs of `n` by `k`.
+
+    `inner` is the only part of `m` that a register tile may span (the pixels of one output row, say). `vector_k` says
+    that `A` is read as a vector along `n` (a depthwise layer), not broadcast. `nr_divides` demands that the tile's
+    width divides `n`, because elements past the edge may not even be read.
+    """
+
+    outer: int
+    inner: int
+    n: int
+    k: int
+    groups: int = 1
+    vector_a: bool = False
+    nr_divides: bool = False
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """`count` multiplications `C[m,n] = sum_k A[m,k] B[k,n]`."""
+
+    m: int
+    n: int
+    k: int
+    count: int = 1
+
+    @property
+    def macs(self) -> int:
+        return self.m * self.n * self.k * self.count
+
+
+@dataclass(frozen=True)
+class LoweringCost:
+    """What a lowering needs, from formulas alone. Bytes are bytes, `macs` multiply-adds that are really executed.
+
+    `error_growth` is the expected relative error in units of the dtype's rounding unit: about `sqrt(k)` for a plain
+    dot product of length `k`.
+    """
+
+    gemms: tuple[GemmShape, ...]
+    macs: int
+    bytes_moved: int
+    workspace_bytes: int
+    weight_bytes: int
+    error_growth: float
+    workspace: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One tensor expression of a lowering.
+
+    `reads` names its operands: `"data"`, `"weight"`, or the name of an earlier stage; `compute` takes one te.Tensor for
+    each and returns the te.Tensor that it writes. `kind` says what that tensor is.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    compute: Callable[..., te.Tensor]
+    kind: Literal["weight", "workspace", "output"]
+
+
+class Lowering(ABC):
+    """One way to compute a layer as matrix multiplications. Subclasses state the paper, the equation and the shapes.
+
+    `key` is the name that plans, logs, the command line and the tests use. `layout` is the layout of the activations
+    that it reads and writes: "NHWC" (channels last) or "NCHW".
+    """
+
+    key: str
+    summary: str
+    gemm_formula: str
+    workspace_formula: str
+    source: str
+    layout: Literal["NHWC", "NCHW"] = "NHWC"
+
+    @abstractmethod
+    def applicable(self, problem: Problem) -> Reason | None:
+        """None where the lowering can compute `problem`, else the condition that fails."""
+
+    @abstractmethod
+    def axes(self, problem: Problem) -> GemmAxes:
+        """The axes that the register tile is chosen for."""
+
+    @abstractmethod
+    def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
+        """What `build` with this tile will need; pure and cheap, no IR is built."""
+
+    @abstractmethod
+    def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
+        """The stages in order; the last one writes the output, its `epilogue` applied to the tile in registers."""
+
+
+def require_conv(problem: Problem) -> Reason | None:
+    """The reason of every convolution lowering that is given a fully connected layer."""
+    return None if isinstance(problem, ConvProblem) else Reason("needs a convolution, got a fully connected layer")
+
+
+def activation_shape(problem: Problem, layout: str = "NHWC") -> tuple[int, ...]:
+    """Shape of a layer's input: `(N, *size, C)`, `(N, C, *size)` for NCHW, or `(n, c)` of a fully connected layer."""
+    if not isinstance(problem, ConvProblem):
+        return (problem.n, problem.c)
+    if layout == "NCHW":
+        return (problem.n, problem.c, *problem.size)
+    return (problem.n, *problem.size, problem.c)
+
+
+def output_shape(problem: Problem, layout: str = "NHWC") -> tuple[int, ...]:
+    """Shape of a layer's output: `(N, *out, M)`, `(N, M, *out)` for NCHW, or `(n, m)`."""
+    if not isinstance(problem, ConvProblem):
+        return (problem.n, problem.m)
+    if layout == "NCHW":
+        return (problem.n, problem.m, *problem.out_size)
+    return (problem.n, *problem.out_size, problem.m)
+
+
+def weight_shape(problem: Problem) -> tuple[int, ...]:
+    """Shape of a layer's untransformed weight: `(M, *kernel, C/g)`, or `(m, c)`."""
+    if not isinstance(problem, ConvProblem):
+        return (problem.m, problem.c)
+    return (problem.m, *problem.kernel, problem.c_group)
+
+
+def zero(dtype: str) -> Any:
+    """The constant 0 of a dtype."""
+    return tirx.const(0, dtype)
+
+
+def dtype_of(value: Any) -> str:
+    """The dtype of a scalar expression."""
+    return str(value.ty.dtype)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """`ceil(a / b)`."""
+    return -(-a // b)

@@ -1,0 +1,100 @@
+"""`dense`: a fully connected layer is a GEMM; for one row, a matrix-vector product bound by reading the weights."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from tvm import te
+
+from .base import (
+    Epilogue,
+    GemmAxes,
+    GemmShape,
+    Lowering,
+    LoweringCost,
+    Reason,
+    Stage,
+    Tile,
+    ceil_div,
+    no_epilogue,
+)
+from .problem import ConvProblem, DenseProblem, Problem
+from .tile_gemm import pack_panels, read_panels, tile_gemm
+
+
+def as_dense(problem: Problem) -> DenseProblem | None:
+    """The fully connected layer that `problem` is: itself, or a convolution whose kernel covers its whole input."""
+    if isinstance(problem, DenseProblem):
+        return problem
+    covers = problem.kernel == problem.size and not problem.padded and problem.groups == 1
+    return DenseProblem(problem.n, problem.c * problem.taps, problem.m, problem.dtype) if covers else None
+
+
+class Dense(Lowering):
+    """`Y[n, m] = sum_c X[n, c] W[m, c]`: GEMM `[N x C]·[C x M]`, no workspace.
+
+    Reads `(n, c)` (or `(N, *size, C)` of a convolution whose kernel covers its input, flattened) and writes `(n, m)`.
+    With one row it is a matrix-vector product whose time is that of reading `e C M` bytes of weights. Source: Warden
+    2015, "Why GEMM is at the heart of deep learning", section "fully connected layers".
+    """
+
+    key = "dense"
+    summary = "fully connected layer: GEMM, or GEMV for one row"
+    gemm_formula = "[N x C]·[C x M]"
+    workspace_formula = "0"
+    source = "Warden 2015, Why GEMM is at the heart of deep learning"
+
+    def applicable(self, problem: Problem) -> Reason | None:
+        if as_dense(problem) is not None:
+            return None
+        assert isinstance(problem, ConvProblem)
+        kernel, size = ("x".join(map(str, v)) for v in (problem.kernel, problem.size))
+        return Reason(
+            f"needs a fully connected layer or one group whose kernel covers its unpadded input, "
+            f"got kernel {kernel} on input {size}, groups {problem.groups}"
+        )
+
+    def axes(self, problem: Problem) -> GemmAxes:
+        dense = as_dense(problem)
+        assert dense is not None
+        return GemmAxes(1, dense.n, dense.m, dense.c)
+
+    def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
+        dense = as_dense(problem)
+        assert dense is not None
+        columns = ceil_div(dense.m, tile.nr) * tile.nr
+        weights = dense.element * columns * dense.c
+        return LoweringCost(
+            gemms=(GemmShape(dense.n, dense.m, dense.c),),
+            macs=ceil_div(dense.n, tile.mr) * tile.mr * columns * dense.c,
+            bytes_moved=weights + dense.element * dense.n * (dense.c + dense.m),
+            workspace_bytes=0,
+            weight_bytes=weights,
+            error_growth=sqrt(dense.c),
+        )
+
+    def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
+        dense = as_dense(problem)
+        assert dense is not None
+
+        def flat(weight: te.Tensor) -> te.Tensor:
+            if isinstance(problem, DenseProblem):
+                return pack_panels(weight, 1, dense.m, (dense.c,), tile.nr)
+            return pack_panels(weight, 1, dense.m, (*problem.kernel, problem.c), tile.nr)
+
+        def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
+            conv = isinstance(problem, ConvProblem)
+            pixel = (0,) * (problem.dims if isinstance(problem, ConvProblem) else 0)
+            return tile_gemm(
+                outer=(),
+                inner=dense.n,
+                n=dense.m,
+                k_extents=(*problem.kernel, problem.c) if isinstance(problem, ConvProblem) else (dense.c,),
+                read_a=lambda at, x, g, n, k: data(x, *k),
+                read_b=read_panels(packed),
+                tile=tile,
+                # The output of a convolution is (N, 1, 1, M): its epilogue is asked with that index.
+                epilogue=(lambda v, index: epilogue(v, (index[0], *pixel, index[1]))) if conv else epilogue,
+            )
+
+        return (Stage("packed", ("weight",), flat, "weight"), Stage("gemm", ("data", "packed"), gemm, "output"))
