@@ -38,14 +38,18 @@ class LayerKernels:
     kernels: tuple[Kernel, ...]
 
 
+def tile_request(lowering: Lowering, problem: Problem) -> TileRequest:
+    """What the tile model is asked for a lowering of `problem`."""
+    axes = lowering.axes(problem)
+    return TileRequest(
+        axes.outer, axes.inner, axes.n, axes.k, axes.groups, problem.dtype, axes.vector_a, axes.nr_divides
+    )
+
+
 @lru_cache(maxsize=4096)
 def tile_for(lowering: Lowering, problem: Problem, machine: Machine) -> Tile:
     """The default register tile of a lowering of `problem` on `machine`."""
-    axes = lowering.axes(problem)
-    request = TileRequest(
-        axes.outer, axes.inner, axes.n, axes.k, axes.groups, problem.dtype, axes.vector_a, axes.nr_divides
-    )
-    return Tile(*choose_tile(request, machine))
+    return Tile(*choose_tile(tile_request(lowering, problem), machine))
 
 
 def operand_shape(op: EpilogueOp, problem: Problem, layout: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from schedules import Machine
 
 from .errors import InputError
 from .kernels import LayerKernels, layer_kernels
+from .pipeline_build import TIR_PIPELINE
 
 
 @dataclass
@@ -91,7 +92,7 @@ def compile_layer(
         raise InputError(f"lowering {lowering.key} does not apply: {reason}")
     kernels = layer_kernels(lowering, problem, Machine.from_target(target), tuple(epilogue), tile)
     functions = [
-        tvm.compile(tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target)
+        tvm.compile(tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target, tir_pipeline=TIR_PIPELINE)
         for k in kernels.kernels
     ]
     return LayerKernel(kernels, functions)

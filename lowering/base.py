@@ -87,7 +87,8 @@ class LoweringCost:
     """What a lowering needs, from formulas alone. Bytes are bytes, `macs` multiply-adds that are really executed.
 
     `error_growth` is the expected relative error in units of the dtype's rounding unit: about `sqrt(k)` for a plain
-    dot product of length `k`.
+    dot product of length `k`. `read_factor` is how much dearer than a plain load each element of A is (conditions,
+    gathers).
     """
 
     gemms: tuple[GemmShape, ...]
@@ -97,6 +98,7 @@ class LoweringCost:
     weight_bytes: int
     error_growth: float
     workspace: dict[str, int] = field(default_factory=dict)
+    read_factor: float = 1.0
 
 
 @dataclass(frozen=True)

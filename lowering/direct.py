@@ -65,6 +65,7 @@ class Direct(Lowering):
             workspace_bytes=0,
             weight_bytes=weights,
             error_growth=sqrt(k),
+            read_factor=(3.0 if problem.padded else 1.0) * (8.0 if problem.groups > 1 else 1.0),
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:

@@ -1,0 +1,94 @@
+"""gemmify compiles a network by rewriting every convolution and fully connected layer into the GEMM that suits it.
+
+    import gemmify
+    m = gemmify.compile("resnet50.onnx", target="llvm", lowering="auto")
+    m.run({"data": x})            # a list of numpy arrays, in the model's output order
+    m.export("resnet50.so")
+    gemmify.load("resnet50.so").run({"data": x})
+
+Importing this package imports neither TVM nor onnx: each function brings in what it needs when it is called, so that a
+program that only runs a library loads TVM's small runtime and nothing of the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckError, GemmifyError, GemmifyWarning, IncompatibleError, InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from .runtime import Model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckError",
+    "GemmifyError",
+    "GemmifyWarning",
+    "IncompatibleError",
+    "InputError",
+    "Model",
+    "UnsupportedError",
+    "__version__",
+    "compile",
+    "load",
+]
+
+
+def compile(
+    model: Any,
+    *,
+    target: Any = "llvm",
+    lowering: Any = "auto",
+    strict: bool = False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    plan: Any = None,
+    threads: int | None = None,
+    max_workspace: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    dump_dir: str | PathLike[str] | None = None,
+) -> Model:
+    """Compile `model` (a file, a zoo name, or a module) and return it ready to run.
+
+    `lowering` is "auto", one key for every layer, or `{layer name: key}`; with `strict` a layer that the key does not
+    fit is an error instead of taking another one. `shapes` fixes the input shapes, `threads` is the number of CPU
+    threads that the code is made for and runs with (default: the physical cores this process may use),
+    `max_workspace` bounds the scratch memory of a layer in bytes, `progress(stage, seconds)` is told each stage.
+    Raises InputError or UnsupportedError for a wrong call or model, GemmifyError where the work fails.
+    """
+    from .runtime import compile_to_model
+
+    return compile_to_model(
+        model,
+        threads=threads,
+        target=target,
+        lowering=lowering,
+        strict=strict,
+        shapes=shapes,
+        plan=plan,
+        max_workspace=max_workspace,
+        progress=progress,
+        dump_dir=dump_dir,
+    )
+
+
+def load(path: str | PathLike[str], threads: int | None = None) -> Model:
+    """Load an exported library; `threads` defaults to the physical cores that this process may use.
+
+    Needs TVM's runtime only. Raises InputError where the file is missing or is not a library of gemmify's, and
+    IncompatibleError, before any of its code runs, where this machine cannot run it.
+    """
+    from .runtime import load as load_library
+
+    return load_library(path, threads)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Model":
+        from .runtime import Model
+
+        return Model
+    raise AttributeError(f"module 'gemmify' has no attribute {name!r}")

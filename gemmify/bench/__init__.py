@@ -1,0 +1,24 @@
+"""Benchmarks: single layers against this machine's limits, and whole networks against other engines in the same run.
+
+The worker processes live in this package and must load no compiler, so each name is imported at its first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemmify.bench.network import run_model
+    from gemmify.bench.report import peers_report, render
+    from gemmify.bench.suites import run_suite
+
+__all__ = ["peers_report", "render", "run_model", "run_suite"]
+
+_HOMES = {"run_model": "network", "run_suite": "suites", "render": "report", "peers_report": "report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gemmify.bench' has no attribute {name!r}")
+    return getattr(import_module(f"gemmify.bench.{_HOMES[name]}"), name)

@@ -1,0 +1,213 @@
+"""The command line: parse, call one function of `commands`, print what it returns.
+
+Exit codes: 0 done, 1 the work failed (a check did not hold), 2 the input or the call is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+from .errors import GemmifyError, InputError
+from .report import Progress, emit
+
+INTERRUPTED = 130
+_MODEL = "an ONNX file, a .pt2 file, or a name from the zoo (see `gemmify list`)"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, sizes = text.rpartition("=")
+    try:
+        shape = tuple(int(s) for s in sizes.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not equals or not name or not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SIZES, e.g. data=1,3,224,224")
+    return name, shape
+
+
+def _lowering(text: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    chosen = {}
+    for pair in text.split(","):
+        name, equals, key = pair.rpartition("=")
+        if not equals or not name or not key:
+            raise argparse.ArgumentTypeError(f"{pair!r} is not LAYER=KEY; write KEY, or LAYER=KEY,LAYER=KEY")
+        chosen[name] = key
+    return chosen
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    """Bytes: "1048576", "512K", "64M", "1G"."""
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
+    digits = text if factor == 1 else text[:-1]
+    if not digits.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, e.g. 1048576 or 64M")
+    return int(digits) * factor
+
+
+def _compile_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help='"llvm" is this machine; else e.g. "llvm -mcpu=x86-64-v3"')
+    parser.add_argument("--lowering", type=_lowering, metavar="KEY|LAYER=KEY,...", help="default: auto")
+    parser.add_argument("--strict", action="store_true", help="fail where the lowering does not fit a layer")
+    parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
+    parser.add_argument("--max-workspace", type=_size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 1M")
+    parser.add_argument("--plan", metavar="FILE", help="a plan: layer -> lowering")
+    parser.add_argument("--dump", metavar="DIR", help="write the module after each stage there")
+
+
+def _chosen_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `gemmify.compile` that the user gave."""
+    options = {
+        "target": args.target,
+        "lowering": args.lowering,
+        "strict": args.strict or None,
+        "shapes": dict(args.shape) if args.shape else None,
+        "max_workspace": args.max_workspace,
+        "plan": args.plan,
+        "dump_dir": args.dump,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(prog="gemmify", description="Compile a network: every layer becomes the GEMM that suits it.")
+    parser.add_argument("--version", action="version", version=f"gemmify {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, summary: str, *, tabular: bool = True, threads: bool = True) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary, description=summary)
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if tabular:
+            made.add_argument("--json", metavar="FILE", help='write the result as JSON too ("-": on the standard output)')
+        if threads:
+            made.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: physical cores)")
+        return made
+
+    verb("list", "the lowerings and the networks of the zoo", threads=False)
+
+    inspect = verb("inspect", "the layers of a model, or of a compiled library", threads=False)
+    inspect.add_argument("model", metavar="MODEL|LIB", help=_MODEL + ", or a library")
+    inspect.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
+
+    compile_ = verb("compile", "write a shared library")
+    compile_.add_argument("model", metavar="MODEL", help=_MODEL)
+    compile_.add_argument("-o", "--output", metavar="OUT.so", help="default: the model's name with .so")
+    _compile_options(compile_)
+
+    run = verb("run", "run a library, or a model that is compiled first")
+    run.add_argument("model", metavar="LIB|MODEL", help="a library, " + _MODEL)
+    run.add_argument("--input", action="append", default=[], metavar="NAME=X.npy|X.npz|random", help="default: random")
+    run.add_argument("--seed", type=int, default=0, help="of random inputs")
+    run.add_argument("--output", metavar="OUT.npz", help="write the outputs")
+    run.add_argument("--repeat", type=_positive, default=1, metavar="N", help="time N runs")
+    _compile_options(run)
+
+    verify = verb("verify", "compare with ONNX Runtime or a float64 reference")
+    verify.add_argument("model", metavar="MODEL", help=_MODEL)
+    verify.add_argument("library", nargs="?", metavar="LIB", help="a library made from it; else it is compiled")
+    verify.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    verify.add_argument("--reference", default="auto", help="auto, onnxruntime or float64")
+    verify.add_argument("--tolerance", type=float, default=1e-4, help="of the largest absolute output (default 1e-4)")
+    _compile_options(verify)
+
+    bench = verb("bench", "time layers against the machine's limits, or a network against other engines")
+    bench.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL)
+    bench.add_argument("--suite", metavar="NAME", help="a suite of layers instead of a model")
+    bench.add_argument("--layer", metavar="NAME", help="one layer of the suite")
+    bench.add_argument("--target", help="for a suite: the target")
+    bench.add_argument("--peers", default="", metavar="NAME,...", help="other engines, e.g. onnxruntime,openvino")
+    bench.add_argument("--repeat", type=_positive, metavar="N", help="timed runs")
+    bench.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
+    bench.add_argument("--lowering", type=_lowering, default="auto", metavar="KEY|LAYER=KEY,...", help="default: auto")
+    return parser
+
+
+def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Call the verb's work with the arguments that it takes."""
+    result: dict[str, Any]
+    if args.verb == "list":
+        result = command.execute()
+    elif args.verb == "inspect":
+        result = command.execute(args.model, dict(args.shape or []) or None)
+    elif args.verb == "compile":
+        with Progress() as progress:
+            options = _chosen_options(args) | {"threads": args.threads}
+            result = command.execute(args.model, args.output, options, progress)
+    elif args.verb == "run":
+        options = _chosen_options(args)
+        keywords = {"seed": args.seed, "output": args.output, "repeat": args.repeat, "threads": args.threads}
+        result = command.execute(args.model, args.input, options=options, **keywords)
+    elif args.verb == "verify":
+        keywords = {"seed": args.seed, "reference": args.reference, "tolerance": args.tolerance, "threads": args.threads}
+        result = command.execute(args.model, args.library, options=_chosen_options(args), **keywords)
+    else:
+        peers = tuple(p for p in args.peers.split(",") if p)
+        shapes = dict(args.shape) if args.shape else None
+        options = {"peers": peers, "threads": args.threads, "repeat": args.repeat, "shapes": shapes}
+        result = command.execute(args.model, args.suite, args.layer, args.target, options | {"lowering": args.lowering})
+    return result
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        # A killed compilation cleans up as an interrupted one does.
+        signal.signal(signal.SIGTERM, _interrupt)
+    except ValueError:  # not in the main thread
+        pass
+    try:
+        args = build_parser().parse_args(words)
+        command = importlib.import_module(f".commands.{args.verb}", __package__)
+        result = _execute(command, args)
+        emit(result, args.json, command.show)
+        if hasattr(command, "check"):
+            command.check(result)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough; the interpreter must not complain about it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, debug)
+    except GemmifyError as err:
+        return _fail(str(err), err.exit_code, debug)
+    except Exception as err:
+        said = (str(err).strip().splitlines() or [""])[-1]
+        hint = "" if debug else "; this is a fault of gemmify: run again with --debug for the traceback"
+        return _fail(f"{type(err).__name__}: {said}{hint}", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print("gemmify: error: " + " ".join(message.split()), file=sys.stderr)
+    return code

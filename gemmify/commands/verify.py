@@ -1,0 +1,56 @@
+"""`gemmify verify MODEL [LIB]`: does the compiled network compute what the model says?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import report
+from ..errors import CheckError, InputError
+from ..runtime import random_inputs
+from ..verify import TOLERANCE, compare, reference_outputs
+from .run import open_model
+
+
+def execute(
+    model: str,
+    library: str | None = None,
+    *,
+    seed: int = 0,
+    reference: str = "auto",
+    tolerance: float = TOLERANCE,
+    threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compare `library` (or `model` compiled with `options`) with an independent engine on seeded random inputs.
+
+    Returns {model, reference, seed, holds, outputs: [{name, relative_error, max_abs_error, ..., holds}]}.
+    """
+    if library is not None and options:
+        raise InputError(f"{library} is compiled already; give either a library or {', '.join(sorted(options))}")
+    network = open_model(library or model, threads, options)
+    inputs = random_inputs(network.inputs, seed)
+    names = [spec.name for spec in network.outputs]
+    want, engine = reference_outputs(model, inputs, names, reference)
+    rows = compare(names, network.run(inputs), want, tolerance)
+    holds = all(row["holds"] for row in rows)
+    return {"model": model, "reference": engine, "seed": seed, "holds": holds, "outputs": rows}
+
+
+def check(result: dict[str, Any]) -> None:
+    """CheckError where an output of `result` does not hold."""
+    failed = [row for row in result["outputs"] if not row["holds"]]
+    if failed:
+        what = "; ".join(f"{row['name']}: {row['why']}" for row in failed)
+        raise CheckError(f"{result['model']} does not agree with {result['reference']} (seed {result['seed']}): {what}")
+
+
+def show(result: dict[str, Any]) -> None:
+    columns: tuple[report.Column, ...] = (
+        ("output", "name", report.text),
+        ("relative error", "relative_error", lambda v: "" if v is None else f"{v:.3g}"),
+        ("allowed", "tolerance", lambda v: f"{v:.3g}"),
+        ("largest value", "max_abs_reference", lambda v: "" if v is None else f"{v:.6g}"),
+        ("holds", "holds", lambda v: "yes" if v else "NO"),
+    )
+    report.table(f"{result['model']} against {result['reference']}", columns, result["outputs"])

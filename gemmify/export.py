@@ -1,0 +1,202 @@
+"""Writing a compiled network as one shared library, with its manifest inside it and beside it.
+
+Everything is made in one hidden folder beside the destination, which is always removed, and moved into place by
+renaming: whatever fails, and on Ctrl-C, the destination holds the old file or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import GemmifyError, InputError
+from .host import arch_of, host_arch
+from .manifest import Manifest, append_manifest, read_manifest
+from .threads import without_scope_lines
+
+__all__ = ["Manifest", "check_destination", "copy_library", "export_executable", "find_linker", "read_manifest", "write_file"]
+
+_INSTALL = "install gcc or clang (e.g. apt install gcc), or `pip install ziglang`"
+
+
+def check_destination(path: str | os.PathLike[str]) -> Path:
+    """`path`, after a check that a library can be written there: call it before the work, not after.
+
+    Raises InputError where it is a folder, or its own folder is missing or not writable.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise InputError(f"cannot write {place}: it is a folder; give the name of a file, e.g. {place / 'network.so'}")
+    folder = place.parent
+    if not folder.is_dir():
+        raise InputError(f"cannot write {place}: there is no folder {folder}; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {place}: the folder {folder} is not writable for this user; choose another place")
+    return place
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None]) -> Path:
+    """Let `write` fill a file that takes the name `path` only when it is complete; errors as `check_destination`."""
+    place = check_destination(path)
+    try:
+        with _workspace(place) as folder:
+            with (folder / "file").open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(folder / "file", place)
+    except OSError as err:
+        raise _cannot_write(place, err) from err
+    return place
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` as UTF-8, complete or not at all."""
+    return write_file(path, lambda file: _write(file, text.encode()))
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+
+
+def _cannot_write(place: Path, err: OSError) -> GemmifyError:
+    return GemmifyError(f"cannot write {place}: {err.strerror or err}; free space or choose another place")
+
+
+def find_linker(triple: str) -> list[str]:
+    """The command that links objects for `triple` into a shared library, up to the `-o`.
+
+    CXX or CC decide where they are set. For this machine's architecture then any C compiler that TVM finds, a bare
+    linker, or the `ziglang` package; for another one its cross compiler, ld.lld, or ziglang. Raises GemmifyError,
+    saying what to install, where there is none.
+    """
+    chosen = os.environ.get("CXX") or os.environ.get("CC")
+    if chosen:
+        command = shlex.split(chosen)
+        if not shutil.which(command[0]):
+            raise GemmifyError(f"cannot link: CXX or CC names {command[0]}, which is not on the PATH; unset it, or {_INSTALL}")
+        return [*command, "-shared", "-fPIC"]
+    arch = arch_of(triple)
+    native = arch == host_arch()
+    compilers = ["g++", "gcc", "clang++", "clang", "c++", "cc"] if native else [f"{triple}-gcc", f"{arch}-linux-gnu-gcc"]
+    for name in compilers:
+        if shutil.which(name):
+            return [name, "-shared", "-fPIC"]
+    # The objects refer to nothing of a C library's start-up files, so the linker alone can do it.
+    for name in ["ld", "ld.lld"] if native else [f"{arch}-linux-gnu-ld", "ld.lld"]:
+        if shutil.which(name):
+            return [name, "-shared"]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-gnu", "-shared", "-fPIC"]
+    what = "a C compiler or a linker" if native else f"a cross compiler for {arch} (e.g. {arch}-linux-gnu-gcc)"
+    raise GemmifyError(f"cannot link the library: {what} is needed and none is on the PATH; {_INSTALL}")
+
+
+def _link(command: list[str], name: str, output: Path, objects: list[str]) -> None:
+    """Run the linker for the library `name`; GemmifyError with its first complaint where it fails."""
+    try:
+        done = subprocess.run([*command, "-o", str(output), *objects], capture_output=True, text=True, errors="replace")
+    except OSError as err:
+        raise GemmifyError(f"cannot link {name}: {command[0]}: {err.strerror or err}; {_INSTALL}") from err
+    if done.returncode != 0 or not output.is_file():
+        words = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        full = [line for line in words if "No space left" in line or "File too large" in line]
+        said = (full or words or [f"exit status {done.returncode}"])[0]
+        raise GemmifyError(f"cannot link {name}: {said}; free disk space or {_INSTALL}, then export again")
+
+
+@contextlib.contextmanager
+def _workspace(place: Path) -> Iterator[Path]:
+    """A hidden folder beside `place`, on the same file system, removed at the end whatever happens."""
+    folder = Path(tempfile.mkdtemp(prefix=".gemmify-", dir=place.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _memory_objects(folder: Path, names: tuple[str, ...]) -> Iterator[None]:
+    """Let TVM write the object files `names` of `folder` into memory instead of onto the disk.
+
+    LLVM ends the whole process ("IO failure on output stream") where a disk is full while it writes an object; in
+    memory it cannot happen, and the linker, which does write to the disk, is a process of its own. Where there is no
+    memfd (not Linux) the objects are ordinary files.
+    """
+    if not hasattr(os, "memfd_create"):
+        yield
+        return
+    descriptors = []
+    try:
+        for name in names:
+            descriptors.append(os.memfd_create(f"gemmify-{name}"))
+            # By process id, not /proc/self: the linker opens it too.
+            os.symlink(f"/proc/{os.getpid()}/fd/{descriptors[-1]}", folder / name)
+        yield
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+
+
+def _finish(image: Path, manifest: Manifest, place: Path) -> Path:
+    """Append the manifest to `image`, write it beside too, flush both to the disk and rename them into place."""
+    with image.open("r+b") as file:
+        append_manifest(file, manifest)
+        file.flush()
+        os.fsync(file.fileno())
+    beside = image.with_name("manifest.json")
+    with beside.open("w", encoding="utf-8") as text:
+        text.write(manifest.to_json() + "\n")
+        text.flush()
+        os.fsync(text.fileno())
+    os.replace(image, place)
+    os.replace(beside, place.with_name(place.name + ".json"))
+    return place
+
+
+def export_executable(executable: Any, manifest: Manifest, path: str | os.PathLike[str]) -> Path:
+    """Write `executable` (Relax VMExecutable) and `manifest` as the shared library `path`, and `path`.json beside it.
+
+    Raises InputError for an impossible path, GemmifyError where linking or writing fails (no compiler, full disk).
+    """
+    place = check_destination(path)
+    command = find_linker(manifest.triple)
+    try:
+        with _workspace(place) as folder, _memory_objects(folder, ("lib0.o", "devc.o")), without_scope_lines():
+            image = folder / "library.so"
+            executable.export_library(
+                str(image),
+                fcompile=lambda output, objects, **_: _link(command, place.name, Path(output), list(objects)),
+                workspace_dir=str(folder),
+            )
+            return _finish(image, manifest, place)
+    except OSError as err:
+        raise _cannot_write(place, err) from err
+
+
+def copy_library(source: Path, manifest: Manifest, path: str | os.PathLike[str]) -> Path:
+    """Copy a loaded library (with its manifest inside) to `path`, atomically, and write `path`.json beside it."""
+    place = check_destination(path)
+    try:
+        with _workspace(place) as folder:
+            image = folder / "library"
+            shutil.copyfile(source, image)
+            shutil.copymode(source, image)
+            with image.open("r+b") as file:
+                os.fsync(file.fileno())
+            beside = folder / "manifest.json"
+            beside.write_text(manifest.to_json() + "\n", encoding="utf-8")
+            os.replace(image, place)
+            os.replace(beside, place.with_name(place.name + ".json"))
+            return place
+    except OSError as err:
+        raise _cannot_write(place, err) from err

@@ -1,0 +1,207 @@
+"""Layer functions -> kernels: each call of a `gemmify.layer` function becomes the `call_tir`s of its lowering.
+
+Weights are transformed here, once: the kernels that pack them are compiled together, run, and their results stay as
+constants. Activations stay channels last; a lowering that works channels first gets explicit conversions around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from lowering import ConvProblem, Lowering
+from lowering.base import output_shape
+from lowering.graph.epilogue import LayerSite, describe_layer
+from schedules import Machine
+
+from .kernels import Kernel, LayerKernels, layer_kernels
+from .select import Choice, Policy, choose
+
+LAYER_ATTR = "gemmify.layer"
+
+
+@dataclass
+class LoweredLayer:
+    """One layer of the result: where it stood, what it was given, and the kernels that it calls, in order."""
+
+    site: LayerSite
+    choice: Choice
+    kernels: LayerKernels
+    functions: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    site: LayerSite
+    choice: Choice
+    kernels: LayerKernels
+
+
+def lower_layers(
+    mod: tvm.IRModule, machine: Machine, policy: Policy, target: tvm.target.Target
+) -> tuple[tvm.IRModule, list[LoweredLayer]]:
+    """Replace every layer function that a lowering can express; the others stay Relax. Raises InputError (strict keys,
+    layer names of the policy that the model does not have)."""
+    plans = _plan_layers(mod, machine, policy)
+    packed = _pack_weights(plans, target)
+    rewriter = _Rewriter(mod, plans, packed)
+    return rewriter.run(), rewriter.layers
+
+
+def _layer_functions(mod: tvm.IRModule) -> dict[str, relax.Function]:
+    return {
+        gv.name_hint: func
+        for gv, func in mod.functions_items()
+        if isinstance(func, relax.Function) and func.attrs is not None and LAYER_ATTR in func.attrs
+    }
+
+
+def _plan_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, _Plan]:
+    plans: dict[str, _Plan] = {}
+    for name, func in _layer_functions(mod).items():
+        site = describe_layer(func)
+        if site is None or site.transposed:
+            continue
+        choice = choose(site.name, site.problem, machine, policy)
+        plans[name] = _Plan(site, choice, layer_kernels(choice.lowering, site.problem, machine, site.epilogue))
+    known = {plan.site.name for plan in plans.values()}
+    unknown = sorted(set(policy.layers or {}) - known)
+    if unknown:
+        from .errors import InputError
+
+        raise InputError(f"no layer named {', '.join(unknown)}; the layers are {', '.join(sorted(known)) or 'none'}")
+    return plans
+
+
+def _pack_weights(plans: dict[str, _Plan], target: tvm.target.Target) -> dict[str, dict[str, np.ndarray]]:
+    """Run every weight stage whose weight is known now; by layer function, the constants by stage name."""
+    funcs: dict[str, Any] = {}
+    names: dict[int, str] = {}
+    for plan in plans.values():
+        for kernel in _weight_kernels(plan):
+            if id(kernel.func) not in names:
+                names[id(kernel.func)] = f"pack_{len(names)}"
+                funcs[names[id(kernel.func)]] = kernel.func.with_attr("global_symbol", names[id(kernel.func)])
+    if not funcs:
+        return {}
+    library = tvm.compile(tvm.IRModule(funcs), target=target)
+    result: dict[str, dict[str, np.ndarray]] = {}
+    for name, plan in plans.items():
+        tensors = {"weight": tvm.runtime.tensor(np.ascontiguousarray(plan.site.weight))} if _constant(plan) else {}
+        for kernel in _weight_kernels(plan):
+            out = tvm.runtime.empty(kernel.shape, plan.site.problem.dtype)
+            library[names[id(kernel.func)]](*(tensors[r] for r in kernel.reads), out)
+            tensors[kernel.name] = out
+        result[name] = {k: v for k, v in tensors.items() if k != "weight"}
+    return result
+
+
+def _constant(plan: _Plan) -> bool:
+    return isinstance(plan.site.weight, np.ndarray)
+
+
+def _weight_kernels(plan: _Plan) -> list[Kernel]:
+    return [k for k in plan.kernels.kernels if k.kind == "weight"] if _constant(plan) else []
+
+
+class _Rewriter:
+    """Walks `main` and emits each layer's kernels in place of the call of its function."""
+
+    def __init__(self, mod: tvm.IRModule, plans: dict[str, _Plan], packed: dict[str, dict[str, Any]]) -> None:
+        self.mod, self.plans, self.packed = mod, plans, packed
+        self.layers: list[LoweredLayer] = []
+        self.constants: dict[tuple[str, str], relax.Constant] = {}
+        self.globals: dict[int, Any] = {}
+
+    def run(self) -> tvm.IRModule:
+        outer = self
+
+        @relax.expr_functor.mutator
+        class Mutator(relax.PyExprMutator):
+            def visit_call_(self, call: relax.Call) -> relax.Expr:
+                call = self.visit_expr_post_order(call)
+                name = getattr(call.op, "name_hint", None)
+                if name is None or name not in outer.plans or not isinstance(call.op, tvm.ir.GlobalVar):
+                    return call
+                return outer.emit(self.builder_, name, list(call.args))
+
+        mutator = Mutator(self.mod)
+        main = mutator.visit_expr(self.mod["main"])
+        mutator.builder_.update_func(self.mod.get_global_var("main"), main)
+        mod = mutator.builder_.get()
+        for name in self.plans:
+            del mod[mod.get_global_var(name)]
+        return relax.transform.Normalize()(mod)
+
+    def emit(self, bb: relax.BlockBuilder, name: str, args: list[relax.Expr]) -> relax.Expr:
+        """Emit the kernels of layer function `name` called with `args`; returns its output, channels last."""
+        plan = self.plans[name]
+        site, lowering = plan.site, plan.choice.lowering
+        layer = LoweredLayer(site, plan.choice, plan.kernels)
+        tensors: dict[str, relax.Expr] = {"data": self._convert(bb, args[site.data], site, lowering)}
+        if not isinstance(site.weight, np.ndarray):
+            tensors["weight"] = args[site.weight]
+        for stage, value in self.packed.get(name, {}).items():
+            tensors[stage] = self._shared_constant(name, stage, value)
+        operands = [self._operand(bb, o, args, site, lowering) for o in site.operands]
+        for kernel in plan.kernels.kernels:
+            if kernel.name in tensors:
+                continue
+            gvar = self._global(bb, kernel, lowering)
+            inputs = [tensors[r] for r in kernel.reads] + (operands if kernel.kind == "output" else [])
+            call = relax.call_tir(gvar, inputs, relax.TensorType(kernel.shape, site.problem.dtype))
+            hint = site.name if kernel.kind == "output" else f"{site.name}_{kernel.name}"
+            tensors[kernel.name] = bb.emit(call, name_hint=hint)
+            layer.functions.append(gvar.name_hint)
+        self.layers.append(layer)
+        return self._restore(bb, tensors[plan.kernels.kernels[-1].name], plan)
+
+    def _global(self, bb: relax.BlockBuilder, kernel: Kernel, lowering: Lowering) -> Any:
+        if id(kernel.func) not in self.globals:
+            hint = f"{lowering.key}_{kernel.name}".replace("-", "_")
+            gvar = bb.add_func(kernel.func.without_attr("global_symbol"), hint)
+            self.globals[id(kernel.func)] = gvar
+        return self.globals[id(kernel.func)]
+
+    def _shared_constant(self, name: str, stage: str, value: Any) -> relax.Constant:
+        key = (name, stage)
+        if key not in self.constants:
+            self.constants[key] = relax.const(value)
+        return self.constants[key]
+
+    def _convert(self, bb: relax.BlockBuilder, value: relax.Expr, site: LayerSite, lowering: Lowering) -> relax.Expr:
+        """A channels-last activation in the layout that the lowering reads."""
+        if lowering.layout == "NHWC" or not isinstance(site.problem, ConvProblem):
+            return value
+        rank = site.problem.dims + 2
+        return bb.emit(relax.op.permute_dims(value, [0, rank - 1, *range(1, rank - 1)]))
+
+    def _operand(
+        self, bb: relax.BlockBuilder, operand: Any, args: list[relax.Expr], site: LayerSite, lowering: Lowering
+    ) -> relax.Expr:
+        if isinstance(operand, np.ndarray):
+            return relax.const(operand)
+        value = args[operand]
+        shape = output_shape(site.problem)
+        if tuple(int(s) for s in value.ty.shape) != shape:
+            value = bb.emit(relax.op.reshape(value, shape))
+        return self._convert(bb, value, site, lowering)
+
+    def _restore(self, bb: relax.BlockBuilder, value: relax.Expr, plan: _Plan) -> relax.Expr:
+        """The output kernel's tensor in the layer's own shape, channels last."""
+        site, lowering = plan.site, plan.choice.lowering
+        shape = output_shape(site.problem, lowering.layout)
+        if plan.kernels.kernels[-1].shape != shape:
+            value = bb.emit(relax.op.reshape(value, shape))
+        if lowering.layout == "NCHW" and isinstance(site.problem, ConvProblem):
+            rank = len(shape)
+            value = bb.emit(relax.op.permute_dims(value, [0, *range(2, rank), 1]))
+        if output_shape(site.problem) != tuple(site.out_shape):
+            value = bb.emit(relax.op.reshape(value, site.out_shape))
+        return value
+
+

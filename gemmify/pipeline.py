@@ -1,0 +1,199 @@
+"""The whole compilation, readable top to bottom: model -> Relax -> layers as GEMMs -> scheduled kernels -> executable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+
+import lowering.graph
+from lowering import ConvProblem
+from schedules import Machine, TargetError, parse_target, schedule_module
+
+from .errors import InputError
+from .export import check_destination
+from .frontend import ImportedModel, import_model
+from .layer import LayerKernel, compile_layer
+from .lower import LoweredLayer, lower_layers
+from .manifest import Manifest
+from .memory import MemoryPlan
+from .pipeline_build import build_executable
+from .plan import Plan
+from .select import Policy, make_policy
+from .threads import default_threads
+
+__all__ = ["Compilation", "LayerKernel", "compile_layer", "compile_model"]
+
+Progress = Callable[[str, float], None]
+_OPAQUE = 8  # relax.OpPatternKind.kOpaque: our kernels are finished, FuseOps must leave them alone
+
+
+@dataclass
+class Compilation:
+    """The executable of the Relax VM and all that is known of it."""
+
+    executable: Any
+    manifest: Manifest
+    layers: list[LoweredLayer]
+    memory: MemoryPlan
+
+
+def resolve_target(target: Any) -> tvm.target.Target:
+    """The checked TVM target of what the user gave; InputError for one that cannot be compiled for."""
+    try:
+        parsed = parse_target(target)
+    except TargetError as err:
+        raise InputError(str(err)) from err
+    if parsed.kind.name != "llvm":
+        raise InputError(f"target {parsed.kind.name} is not supported in this version; use llvm")
+    return parsed
+
+
+def compile_model(
+    model: Any,
+    *,
+    target: Any = "llvm",
+    lowering: Any = "auto",
+    strict: bool = False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    plan: Plan | str | PathLike[str] | None = None,
+    threads: int | None = None,
+    max_workspace: int | None = None,
+    progress: Progress | None = None,
+    dump_dir: str | PathLike[str] | None = None,
+) -> Compilation:
+    """Compile `model` for `target`; see `gemmify.compile` for the arguments and the errors."""
+    resolved = resolve_target(target)
+    machine = Machine.from_target(resolved)
+    policy = _policy(lowering, strict, max_workspace, plan)
+    stages = _Stages(progress, dump_dir)
+
+    with stages("import"):
+        imported = import_model(model, shapes)
+    mod = stages.dump("imported", imported.mod)
+    with stages("canonicalize"):
+        mod = lowering_graph(mod)
+    stages.dump("canonical", mod)
+    with stages("lower"):
+        mod, layers = lower_layers(mod, machine, policy, resolved)
+    stages.dump("lowered", mod)
+    with stages("fuse"):
+        mod = fuse_rest(mod, resolved)
+    with stages("schedule"):
+        mod = schedule_module(mod, machine)
+    stages.dump("scheduled", mod)
+    with stages("build"):
+        executable, memory = build_executable(mod, resolved, threads or default_threads())
+    return Compilation(executable, _manifest(imported, resolved, layers, memory, threads), layers, memory)
+
+
+def lowering_graph(mod: tvm.IRModule) -> tvm.IRModule:
+    """Batch norms folded, layout chosen, epilogues gathered behind their layers: same numbers."""
+    return lowering.graph.normalize(mod)
+
+
+def fuse_rest(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """Everything that is not a lowered layer: legalised to tensor expressions, neighbours fused into one kernel."""
+    for gvar, func in list(mod.functions_items()):
+        if isinstance(func, tirx.PrimFunc):
+            mod.update_func(gvar, func.with_attr("op_pattern", _OPAQUE))
+    t = relax.transform
+    with target:
+        return tvm.transform.Sequential(
+            [
+                t.InlinePrivateFunctions(),
+                t.LegalizeOps(),
+                t.AnnotateTIROpPattern(),
+                t.FoldConstant(),
+                t.FuseOps(fuse_opt_level=2),
+                t.FuseTIR(),
+                t.DeadCodeElimination(),
+            ]
+        )(mod)
+
+
+def _policy(lowering_arg: Any, strict: bool, max_workspace: int | None, plan: Any) -> Policy:
+    if plan is None:
+        return make_policy(lowering_arg, strict, max_workspace)
+    if lowering_arg != "auto":
+        raise InputError("both a plan and a lowering were given; a plan already names the lowering of each layer")
+    found = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    return make_policy(found.layers, strict, max_workspace)
+
+
+class _Stages:
+    """Times each stage, tells the caller, and writes the module after it where a dump was asked for."""
+
+    def __init__(self, progress: Progress | None, dump_dir: str | PathLike[str] | None) -> None:
+        self.progress, self.count = progress, 0
+        self.dump_dir = Path(dump_dir) if dump_dir is not None else None
+        if self.dump_dir is not None:
+            check_destination(self.dump_dir / "x")
+            self.dump_dir.mkdir(exist_ok=True)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.progress is not None:
+            self.progress(name, time.perf_counter() - start)
+
+    def dump(self, name: str, mod: tvm.IRModule) -> tvm.IRModule:
+        if self.dump_dir is not None:
+            self.count += 1
+            text = mod.script(show_meta=False)
+            (self.dump_dir / f"{self.count}_{name}.py").write_text(text)
+        return mod
+
+
+def _manifest(
+    imported: ImportedModel,
+    target: tvm.target.Target,
+    layers: list[LoweredLayer],
+    memory: MemoryPlan,
+    threads: int | None,
+) -> Manifest:
+    return Manifest.create(
+        target,
+        model=imported.name,
+        inputs=imported.inputs,
+        outputs=imported.outputs,
+        layers=[describe(layer) for layer in layers],
+        memory={
+            "weights": memory.weight_bytes,
+            "arena": memory.arena_bytes,
+            "workspace": memory.workspace_peak,
+            "outputs": memory.output_bytes,
+            "kernels": sum(memory.kernel_workspace.values()),
+        },
+        plan=Plan.of(layers).to_dict(),
+        threads=threads or default_threads(),
+    )
+
+
+def describe(layer: LoweredLayer) -> dict[str, Any]:
+    """What `m.layers` says of one layer."""
+    problem, cost = layer.site.problem, layer.choice.cost
+    gemm = cost.gemms[0]
+    return {
+        "name": layer.site.name,
+        "op": f"conv{problem.dims}d" if isinstance(problem, ConvProblem) else "dense",
+        "problem": asdict(problem),
+        "lowering": layer.choice.lowering.key,
+        "reason": layer.choice.why,
+        "gemm": [gemm.m, gemm.n, gemm.k],
+        "count": gemm.count,
+        "tile": [layer.choice.tile.mr, layer.choice.tile.nr],
+        "macs": problem.macs,
+        "workspace_bytes": cost.workspace_bytes,
+        "weight_bytes": cost.weight_bytes,
+        "epilogue": [op.kind for op in layer.site.epilogue],
+        "kernels": layer.functions,
+    }

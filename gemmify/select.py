@@ -1,0 +1,118 @@
+"""Layer -> lowering: forced by the user, or the least modelled time among those that apply and fit the budgets.
+
+The model is a bound, not a simulation: cycles of the register tiles from `schedules.cpu.tile`, plus the bytes that a
+lowering moves beyond its input, output and weights at `BYTES_PER_CYCLE`. `direct` always remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowering import LOWERINGS, Lowering, LoweringCost, Problem, Reason, Tile
+from schedules import Machine
+from schedules.cpu.tile import modelled_cycles
+
+from .errors import InputError
+from .kernels import tile_for, tile_request
+
+# Sustained streaming of one core from the shared cache or memory, bytes a cycle; only the order of lowerings rests on it.
+BYTES_PER_CYCLE = 8.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One lowering of one layer: why it is out (`reason`), or its tile, its cost and its modelled cycles."""
+
+    lowering: Lowering
+    reason: Reason | None
+    tile: Tile | None = None
+    cost: LoweringCost | None = None
+    cycles: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The lowering of one layer, and in one clause why it was taken."""
+
+    lowering: Lowering
+    tile: Tile
+    cost: LoweringCost
+    why: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user asked for: a key for every layer ("auto" picks), keys by layer name, and the budgets.
+
+    `strict` turns a key that does not apply into InputError. `max_workspace` bounds the scratch of one layer in bytes.
+    """
+
+    default: str = "auto"
+    layers: Mapping[str, str] | None = None
+    strict: bool = False
+    max_workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in (self.default, *(self.layers or {}).values()):
+            if key != "auto" and key not in LOWERINGS:
+                raise InputError(f"lowering {key!r} is not known; choose auto or one of {', '.join(LOWERINGS)}")
+        if self.max_workspace is not None and self.max_workspace < 0:
+            raise InputError(f"the workspace bound must be at least 0 bytes, got {self.max_workspace}")
+
+    def key_for(self, layer: str) -> str:
+        """The key asked for this layer."""
+        return (self.layers or {}).get(layer, self.default)
+
+
+def make_policy(lowering: Any, strict: bool, max_workspace: int | None) -> Policy:
+    """A Policy from what `compile(lowering=...)` takes: "auto", a key, or a mapping of layer name to key."""
+    if isinstance(lowering, str):
+        return Policy(lowering, None, strict, max_workspace)
+    if isinstance(lowering, Mapping):
+        return Policy("auto", {str(k): str(v) for k, v in lowering.items()}, strict, max_workspace)
+    raise InputError(f'lowering must be "auto", a key or {{layer: key}}, got {type(lowering).__name__}')
+
+
+def consider(problem: Problem, machine: Machine, max_workspace: int | None = None) -> list[Candidate]:
+    """Every lowering of the catalogue for one layer, in the catalogue's order."""
+    return [_candidate(lowering, problem, machine, max_workspace) for lowering in LOWERINGS.values()]
+
+
+def _candidate(lowering: Lowering, problem: Problem, machine: Machine, max_workspace: int | None) -> Candidate:
+    if (reason := lowering.applicable(problem)) is not None:
+        return Candidate(lowering, reason)
+    tile = tile_for(lowering, problem, machine)
+    cost = lowering.cost(problem, tile)
+    if max_workspace is not None and cost.workspace_bytes > max_workspace:
+        found = Reason(f"needs {cost.workspace_bytes} bytes of workspace, the bound is {max_workspace}")
+        return Candidate(lowering, found, tile, cost)
+    cycles = modelled_cycles(tile_request(lowering, problem), machine, tile.mr, tile.nr) * cost.read_factor
+    # A workspace is written once and read once.
+    traffic = 2 * cost.workspace_bytes / BYTES_PER_CYCLE
+    return Candidate(lowering, None, tile, cost, (cycles + traffic) / machine.cores)
+
+
+def choose(layer: str, problem: Problem, machine: Machine, policy: Policy) -> Choice:
+    """The lowering of `layer` under `policy`; raises InputError for a strict key that does not apply."""
+    candidates = consider(problem, machine, policy.max_workspace)
+    usable = [c for c in candidates if c.reason is None]
+    best = min(usable, key=lambda c: c.cycles)
+    key = policy.key_for(layer)
+    if key == "auto":
+        return _choice(best, f"least modelled time of {len(usable)} that apply")
+    asked = next(c for c in candidates if c.lowering.key == key)
+    if asked.reason is None:
+        return _choice(asked, "as asked")
+    if policy.strict:
+        raise InputError(
+            f"layer {layer}: {key} does not apply, it {asked.reason}; "
+            f"choose one of {', '.join(c.lowering.key for c in usable)}, or drop --strict"
+        )
+    return _choice(best, f"{key} does not apply: {asked.reason}")
+
+
+def _choice(candidate: Candidate, why: str) -> Choice:
+    assert candidate.tile is not None and candidate.cost is not None
+    return Choice(candidate.lowering, candidate.tile, candidate.cost, why)

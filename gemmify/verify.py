@@ -1,0 +1,167 @@
+"""Does a compiled network compute what its model says? Compared with an independent engine on seeded random inputs.
+
+The reference is ONNX Runtime where it is installed; else, for an ONNX model, onnx's own reference evaluator on the
+model cast to float64 (slow: a ResNet-50 takes minutes); for a `.pt2` file PyTorch in float64.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+
+TOLERANCE = 1e-4
+"""Largest error that is accepted, as a share of the reference's largest absolute value."""
+REFERENCES = ("auto", "onnxruntime", "float64")
+
+
+def to_float64(model: Any) -> Any:
+    """A copy of the ONNX ModelProto `model` in which every float32 tensor is float64: weights, constants, casts, types."""
+    import onnx
+    from onnx import TensorProto, numpy_helper
+
+    single, double = TensorProto.FLOAT, TensorProto.DOUBLE
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+
+    def tensor(t: Any) -> None:
+        if t.data_type == single:
+            t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float64), t.name))
+
+    def graph(g: Any) -> None:
+        for initializer in g.initializer:
+            tensor(initializer)
+        for value in [*g.input, *g.output, *g.value_info]:
+            if value.type.tensor_type.elem_type == single:
+                value.type.tensor_type.elem_type = double
+        for node in g.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    tensor(attribute.t)
+                if attribute.HasField("g"):
+                    graph(attribute.g)
+                if node.op_type == "Cast" and attribute.name == "to" and attribute.i == single:
+                    attribute.i = double
+                if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+                    values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+                    attribute.CopyFrom(
+                        onnx.helper.make_attribute("value", numpy_helper.from_array(np.asarray(values, np.float64)))
+                    )
+
+    graph(copy.graph)
+    return copy
+
+
+def _run_float64(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    from onnx.reference import ReferenceEvaluator
+
+    wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in inputs.items()}
+    evaluator = ReferenceEvaluator(to_float64(model))
+    return dict(zip(evaluator.output_names, evaluator.run(None, wide), strict=True))
+
+
+def _run_onnxruntime(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def _run_torch(path: Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(f"verifying {path} needs PyTorch, which is not installed; `pip install gemmify[torch]`")
+    import torch
+
+    module = torch.export.load(str(path)).module().double()
+    tensors = [torch.from_numpy(v) for v in inputs.values()]
+    with torch.no_grad():
+        result = module(*(t.double() if t.is_floating_point() else t for t in tensors))
+    results = result if isinstance(result, tuple | list) else [result]
+    return [t.numpy() for t in results]
+
+
+def onnx_model(model: Any) -> Any:
+    """The ONNX ModelProto that `model` names: itself, an .onnx file, or a zoo name; None where it is not ONNX."""
+    import onnx
+
+    if isinstance(model, onnx.ModelProto):
+        return model
+    path = Path(str(model))
+    if path.suffix == ".onnx":
+        if not path.is_file():
+            raise InputError(f"there is no file {path}; give an ONNX file or a name that `gemmify list` shows")
+        try:
+            return onnx.load(str(path))
+        except Exception as err:  # onnx raises what protobuf raises: DecodeError, and others by version
+            raise InputError(f"cannot read {path} as an ONNX model: {err}") from err
+    from . import zoo
+
+    return zoo.build(str(model)) if isinstance(model, str) and model in zoo.ZOO else None
+
+
+def reference_outputs(
+    model: Any, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], engine: str = "auto"
+) -> tuple[list[np.ndarray], str]:
+    """The outputs `outputs` of `model` on `inputs` by an independent engine, and that engine's name.
+
+    `engine` is "onnxruntime", "float64", or "auto": the first that is installed. Raises InputError where the model has
+    no reference, or the engine is not installed.
+    """
+    if engine not in REFERENCES:
+        raise InputError(f"reference {engine!r} is unknown; choose one of {', '.join(REFERENCES)}")
+    if Path(str(model)).suffix == ".pt2":
+        return _run_torch(Path(str(model)), inputs), "torch float64"
+    proto = onnx_model(model)
+    if proto is None:
+        raise InputError(f"{model} has no reference to compare with; verify an ONNX file, a .pt2 file or a zoo name")
+    installed = importlib.util.find_spec("onnxruntime") is not None
+    if engine == "onnxruntime" and not installed:
+        raise InputError("ONNX Runtime is not installed; `pip install gemmify[peers]`, or use --reference float64")
+    use_runtime = installed if engine == "auto" else engine == "onnxruntime"
+    results = _run_onnxruntime(proto, inputs) if use_runtime else _run_float64(proto, inputs)
+    return _ordered(results, outputs), "onnxruntime" if use_runtime else "float64"
+
+
+def _ordered(results: dict[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+    """The results under `names`, or in their own order where the names were lost on the way."""
+    if set(names) <= set(results):
+        return [results[name] for name in names]
+    return list(results.values())
+
+
+def compare(
+    names: Sequence[str], got: Sequence[np.ndarray], want: Sequence[np.ndarray], tolerance: float = TOLERANCE
+) -> list[dict[str, Any]]:
+    """Per output: name, max_abs_error, max_abs_reference, relative_error (their ratio), holds, and why where it fails.
+
+    `max |got - want| <= tolerance * max |want|`; where the reference is all zero, the error itself is compared.
+    """
+    if not len(names) == len(got) == len(want):
+        raise InputError(f"the network has {len(got)} outputs, its reference {len(want)}: not the same model")
+    rows = []
+    for name, have, ref in zip(names, got, want, strict=True):
+        row: dict[str, Any] = {"name": name, "holds": False, "tolerance": tolerance}
+        rows.append(row)
+        if have.shape != np.shape(ref):
+            row["why"] = f"shape {have.shape}, the reference has {np.shape(ref)}"
+            continue
+        a, b = np.asarray(have, np.float64), np.asarray(ref, np.float64)
+        finite = np.isfinite(b)
+        if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
+            row["why"] = "not finite where the reference is, or the other way round"
+            continue
+        error = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
+        largest = float(np.abs(b[finite]).max(initial=0.0))
+        relative = error / largest if largest else error
+        row.update(max_abs_error=error, max_abs_reference=largest, relative_error=relative, holds=relative <= tolerance)
+        if not row["holds"]:
+            row["why"] = f"relative error {relative:.3g} is above {tolerance:g}"
+    return rows
