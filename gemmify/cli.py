@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,9 @@ def _compile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lowering", type=_lowering, metavar="KEY|LAYER=KEY,...", help="default: auto")
     parser.add_argument("--strict", action="store_true", help="fail where the lowering does not fit a layer")
     parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
-    parser.add_argument("--max-workspace", type=_size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 1M")
+    parser.add_argument(
+        "--max-workspace", type=_size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 1M"
+    )
     parser.add_argument("--plan", metavar="FILE", help="a plan: layer -> lowering")
     parser.add_argument("--dump", metavar="DIR", help="write the module after each stage there")
 
@@ -98,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=summary, description=summary)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if tabular:
-            made.add_argument("--json", metavar="FILE", help='write the result as JSON too ("-": on the standard output)')
+            made.add_argument(
+                "--json", metavar="FILE", help='write the result as JSON too ("-": on the standard output)'
+            )
         if threads:
             made.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: physical cores)")
         return made
@@ -158,7 +163,12 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
         keywords = {"seed": args.seed, "output": args.output, "repeat": args.repeat, "threads": args.threads}
         result = command.execute(args.model, args.input, options=options, **keywords)
     elif args.verb == "verify":
-        keywords = {"seed": args.seed, "reference": args.reference, "tolerance": args.tolerance, "threads": args.threads}
+        keywords = {
+            "seed": args.seed,
+            "reference": args.reference,
+            "tolerance": args.tolerance,
+            "threads": args.threads,
+        }
         result = command.execute(args.model, args.library, options=_chosen_options(args), **keywords)
     else:
         peers = tuple(p for p in args.peers.split(",") if p)
@@ -176,11 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    try:
+    if threading.current_thread() is threading.main_thread():
         # A killed compilation cleans up as an interrupted one does.
         signal.signal(signal.SIGTERM, _interrupt)
-    except ValueError:  # not in the main thread
-        pass
     try:
         args = build_parser().parse_args(words)
         command = importlib.import_module(f".commands.{args.verb}", __package__)

@@ -23,7 +23,15 @@ from .host import arch_of, host_arch
 from .manifest import Manifest, append_manifest, read_manifest
 from .threads import without_scope_lines
 
-__all__ = ["Manifest", "check_destination", "copy_library", "export_executable", "find_linker", "read_manifest", "write_file"]
+__all__ = [
+    "Manifest",
+    "check_destination",
+    "copy_library",
+    "export_executable",
+    "find_linker",
+    "read_manifest",
+    "write_file",
+]
 
 _INSTALL = "install gcc or clang (e.g. apt install gcc), or `pip install ziglang`"
 
@@ -39,8 +47,12 @@ def check_destination(path: str | os.PathLike[str]) -> Path:
     folder = place.parent
     if not folder.is_dir():
         raise InputError(f"cannot write {place}: there is no folder {folder}; create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {place}: the folder {folder} is not writable for this user; choose another place")
+    try:
+        # Asking for the permission says too little: root passes, a read-only file system too.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as err:
+        said = err.strerror or err
+        raise InputError(f"cannot write {place}: the folder {folder} is not writable ({said})") from err
     return place
 
 
@@ -83,11 +95,13 @@ def find_linker(triple: str) -> list[str]:
     if chosen:
         command = shlex.split(chosen)
         if not shutil.which(command[0]):
-            raise GemmifyError(f"cannot link: CXX or CC names {command[0]}, which is not on the PATH; unset it, or {_INSTALL}")
+            raise GemmifyError(f"cannot link: CXX or CC names {command[0]}, not on the PATH; unset it, or {_INSTALL}")
         return [*command, "-shared", "-fPIC"]
     arch = arch_of(triple)
     native = arch == host_arch()
-    compilers = ["g++", "gcc", "clang++", "clang", "c++", "cc"] if native else [f"{triple}-gcc", f"{arch}-linux-gnu-gcc"]
+    compilers = (
+        ["g++", "gcc", "clang++", "clang", "c++", "cc"] if native else [f"{triple}-gcc", f"{arch}-linux-gnu-gcc"]
+    )
     for name in compilers:
         if shutil.which(name):
             return [name, "-shared", "-fPIC"]

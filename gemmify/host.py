@@ -102,6 +102,17 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str] | None:
     return found
 
 
+def is_library(path: Path) -> bool:
+    """Whether `path` is meant as a library: it is called .so, or is an ELF file under another name."""
+    if path.suffix == ".so":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError:
+        return False
+
+
 def elf_arch(path: Path) -> str:
     """The architecture of the 64-bit ELF shared library at `path`; InputError where it is none or is cut short."""
     with path.open("rb") as file:
@@ -117,7 +128,7 @@ def elf_arch(path: Path) -> str:
         raise InputError(f"{path} is an ELF file but not a shared library; give the .so that `gemmify compile` wrote")
     needed = sections_at + entry_size * entries
     if size < needed:
-        raise InputError(f"{path} is cut short: its sections need {needed} bytes, it has {size}; copy or export it again")
+        raise InputError(f"{path} is cut short: it needs {needed} bytes and has {size}; copy or export it again")
     return _ELF_MACHINES.get(machine, f"ELF machine {machine}")
 
 

@@ -42,7 +42,7 @@ def tile_request(lowering: Lowering, problem: Problem) -> TileRequest:
     """What the tile model is asked for a lowering of `problem`."""
     axes = lowering.axes(problem)
     return TileRequest(
-        axes.outer, axes.inner, axes.n, axes.k, axes.groups, problem.dtype, axes.vector_a, axes.nr_divides
+        axes.outer, axes.inner, axes.n, axes.k, axes.groups, problem.dtype, axes.vector_a, axes.nr_divides, axes.mr_divides
     )
 
 

@@ -68,6 +68,11 @@ def summarize(times: Sequence[float]) -> dict[str, float | int]:
     return {"best": ordered[0], "median": statistics.median(ordered), "p90": p90, "runs": len(ordered)}
 
 
+def geomean(values: Sequence[float]) -> float | None:
+    """The geometric mean of positive values; None of nothing."""
+    return math.exp(math.fsum(math.log(v) for v in values) / len(values)) if values else None
+
+
 def alternate(calls: Mapping[str, Callable[[], object]], rounds: int = 10, warmup: int = 1) -> dict[str, list[float]]:
     """Times in seconds of several functions called in turn, so that a drift of the clock falls on all of them alike.
 
@@ -100,7 +105,7 @@ def multiply_add_peak(threads: int, dtype: str = "float32", target: Any = None) 
         raise InputError(f"multiply_add_peak needs dtype {' or '.join(PEAK_DTYPES)}, got {dtype!r}")
     parsed, machine = _runnable(target)
     lanes, chains = machine.lanes(dtype), max(8, machine.vector_registers * 3 // 4)
-    kernel = _peak_kernel(threads, chains, lanes, dtype, str(parsed))
+    kernel = _peak_kernel(threads, chains, lanes, dtype, str(parsed))["main"]
     set_threads(threads)
     factors = tvm.runtime.tensor(np.array([[0.999] * lanes, [0.001] * lanes], dtype))  # converges to 1: no denormals
     out = tvm.runtime.tensor(np.zeros((threads, chains, lanes), dtype))
@@ -133,7 +138,7 @@ def memory_bandwidth(threads: int, kind: str = "read") -> float:
     buffers = 1 if kind == "read" else 3
     steps = total // buffers // 4 // step // threads
     build = _read_kernel if kind == "read" else _triad_kernel
-    kernel = build(threads, steps, lanes)
+    kernel = build(threads, steps, lanes)["main"]
     set_threads(threads)
     shape = (threads, steps, 8, lanes)
     data = [tvm.runtime.tensor(np.full(shape, 0.5, "float32")) for _ in range(buffers)]
@@ -161,10 +166,6 @@ def _runnable(target: Any) -> tuple[Target, Machine]:
     return parsed, machine
 
 
-def _compile(func: tvm.tirx.PrimFunc, target: Target) -> Any:
-    return tvm.compile(func, target=target)["main"]
-
-
 @lru_cache(maxsize=8)
 def _peak_kernel(threads: int, chains: int, lanes: int, dtype: str, target: str) -> Any:
     @T.prim_func
@@ -185,7 +186,7 @@ def _peak_kernel(threads: int, chains: int, lanes: int, dtype: str, target: str)
                 for lane in T.vectorized(lanes):
                     out[thread, a, lane] = acc[a, lane]
 
-    return _compile(main, parse_target(target))
+    return tvm.compile(main, target=parse_target(target))
 
 
 @lru_cache(maxsize=4)
@@ -208,7 +209,7 @@ def _read_kernel(threads: int, steps: int, lanes: int) -> Any:
                 for lane in T.vectorized(lanes):
                     out[thread, a, lane] = acc[a, lane]
 
-    return _compile(main, host_target())
+    return tvm.compile(main, target=host_target())
 
 
 @lru_cache(maxsize=4)
@@ -225,4 +226,4 @@ def _triad_kernel(threads: int, steps: int, lanes: int) -> Any:
                     for lane in T.vectorized(lanes):
                         a[thread, i, v, lane] = b[thread, i, v, lane] + T.float32(3) * c[thread, i, v, lane]
 
-    return _compile(main, host_target())
+    return tvm.compile(main, target=host_target())

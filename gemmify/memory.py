@@ -221,7 +221,7 @@ def _rebase_kernel(count: int) -> tirx.PrimFunc:
 
 
 def _prologue(
-    arena_bytes: int, allocs: Sequence[_Alloc], offsets: Sequence[int], rebase: tvm.ir.GlobalVar
+    arena_bytes: int, allocs: Sequence[_Alloc], offsets: Sequence[int], rebase: tvm.ir.GlobalVar | None
 ) -> relax.BindingBlock:
     """The arena, its tensors, and the call that moves their data pointers. The variables of `main` are kept."""
     arena = relax.Var("arena", relax.AnyType())
@@ -232,8 +232,8 @@ def _prologue(
         shape, dtype = alloc.binding.value.args[:2]
         tensor = relax.op.memory.alloc_tensor(arena, offset, shape, dtype)
         bindings.append(relax.VarBinding(alloc.binding.var, tensor))
-    moved = [a.binding.var for a, offset in zip(allocs, offsets, strict=True) if offset]
-    if moved:
+    if rebase is not None:
+        moved = [a.binding.var for a, offset in zip(allocs, offsets, strict=True) if offset]
         nothing = tvm.ir.TupleType([])
         bindings.append(relax.VarBinding(relax.Var("_", nothing), relax.Call(rebase, moved, ret_ty=nothing)))
     return relax.BindingBlock(bindings)
@@ -277,11 +277,10 @@ def plan_arena(mod: tvm.IRModule) -> tuple[tvm.IRModule, MemoryPlan]:
 
 def _rewrite(mod: tvm.IRModule, arena_bytes: int, inner: Sequence[_Alloc], offsets: Sequence[int]) -> tvm.IRModule:
     """`mod` with the allocations of `inner` moved to the head of `main`, into one arena."""
-    mod, main = mod.clone(), mod["main"]
+    main, builder = mod["main"], relax.BlockBuilder(mod.clone())
     moved = sum(1 for offset in offsets if offset)
-    rebase = tvm.ir.GlobalVar(REBASE)
-    if moved:
-        mod[rebase] = _rebase_kernel(moved)
+    rebase = builder.add_func(_rebase_kernel(moved), REBASE) if moved else None
+    mod = builder.get()
     placed = {a.binding.var for a in inner}
     blocks = [relax.BindingBlock([b for b in block.bindings if b.var not in placed]) for block in main.body.blocks]
     body = relax.SeqExpr([_prologue(arena_bytes, inner, offsets, rebase), *blocks], main.body.body)

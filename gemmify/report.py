@@ -61,9 +61,11 @@ def table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, Any]])
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=1000)
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with 1; a reader that has seen enough is no failure
+
+    console = Pipe() if sys.stdout.isatty() else Pipe(width=1000)
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     numeric = {count, size, duration, share}
     for heading, _, written in columns:

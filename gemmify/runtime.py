@@ -1,4 +1,4 @@
-"""Running a compiled network: loading a library, judging whether this machine can run it, and the `Model` users hold."""
+"""Running a compiled network: loading, judging whether this machine can run it, and the `Model` that users hold."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def random_inputs(specs: Sequence[TensorSpec], seed: int = 0) -> dict[str, np.nd
     arrays = {}
     for spec in specs:
         dtype = np.dtype(spec.dtype)
-        floating = not (dtype.kind in "iub")
-        values = rng.standard_normal(spec.shape) if floating else rng.integers(0, 2, spec.shape)
+        whole = dtype.kind in "iub"
+        values = rng.integers(0, 2, spec.shape) if whole else rng.standard_normal(spec.shape)
         arrays[spec.name] = np.asarray(values).astype(dtype)
     return arrays
 
@@ -115,7 +115,7 @@ class Model:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Per layer: name, op, problem, lowering, reason, gemm (m, n, k), count, macs, workspace_bytes, weight_bytes."""
+        """Per layer: name, op, problem, lowering, reason, gemm (m, n, k), macs, workspace_bytes, weight_bytes ..."""
         return [dict(layer) for layer in self.manifest.layers]
 
     def memory(self) -> dict[str, int]:
@@ -138,13 +138,13 @@ class Model:
             used = use_threads(threads)
             if used < threads:
                 raise InputError(
-                    f"{threads} threads were asked for, but TVM's pool was fixed at {used} when this process first used "
-                    f"it; set TVM_NUM_THREADS={threads} before starting"
+                    f"{threads} threads were asked for, but this process already fixed TVM's pool at {used}; "
+                    f"set TVM_NUM_THREADS={threads} before starting"
                 )
             self._threads = threads
 
     def _checked(self, inputs: Inputs) -> list[np.ndarray]:
-        """The input arrays in the model's order, contiguous; InputError where one is missing, unknown or does not fit."""
+        """The input arrays in the model's order, contiguous; InputError where one is missing, unknown or no fit."""
         specs = self.inputs
         wanted = ", ".join(map(str, specs)) or "none"
         if not isinstance(inputs, Mapping):
@@ -185,7 +185,9 @@ class Model:
         """Seconds of each of `repeat` runs after `warmup` untimed ones, without the copies in and out of numpy."""
         return self._timed(inputs, repeat, warmup, self._vm, lambda: None)
 
-    def _timed(self, inputs: Inputs | None, repeat: int, warmup: int, vm: Any, started: Callable[[], None]) -> list[float]:
+    def _timed(
+        self, inputs: Inputs | None, repeat: int, warmup: int, vm: Any, started: Callable[[], None]
+    ) -> list[float]:
         if repeat < 1 or warmup < 0:
             raise InputError(f"repeat must be at least 1 and warmup at least 0, got {repeat} and {warmup}")
         with self._lock:
@@ -265,7 +267,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Model:
     _check_versions(tvm, manifest, str(place))
     try:
         with without_scope_lines():
-            module = tvm.runtime.load_module(str(place))
+            # Not tvm.runtime.load_module: it goes by the file's extension, and a library may have been renamed.
+            module = tvm.get_global_func("ffi.Module.load_from_file.so")(str(place.resolve()), "so")
             return Model(module, manifest, threads, path=place)
     except GemmifyError:
         raise

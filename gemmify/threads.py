@@ -9,6 +9,7 @@ environment variable is left changed, so that child processes decide for themsel
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import host
-from .errors import GemmifyError, InputError
+from .errors import CheckError, GemmifyError, IncompatibleError, InputError, UnsupportedError
 
 SHARE_ALL_CORES = -3  # threading::ThreadGroup::kSpecifyThreadShareAllCore
 # TVM keeps one pool for each thread that calls it, of a size fixed at its first use; this remembers how many of the
@@ -66,6 +67,7 @@ def import_tvm(compiler: bool = False) -> Any:
     import tvm.base
     import tvm.runtime.vm
 
+    _keep_error_types()
     if compiler and tvm.base._RUNTIME_ONLY:
         raise GemmifyError(
             "this process cannot compile: it has loaded TVM's runtime without the compiler, as gemmify.load does; "
@@ -98,6 +100,19 @@ def without_scope_lines() -> Iterator[None]:
             kept = [line for line in caught if b"Warning: Scope " not in line]
             if kept:
                 os.write(2, b"".join(kept))
+
+
+@functools.cache
+def _keep_error_types() -> None:
+    """Let our errors, and Ctrl-C, pass through TVM's C++ unchanged.
+
+    An exception raised in a pass written in Python crosses C++ by its name; a name that TVM does not know comes out as
+    RuntimeError, and an interrupted compilation would look like a fault.
+    """
+    import tvm_ffi
+
+    for kind in (KeyboardInterrupt, GemmifyError, InputError, UnsupportedError, CheckError, IncompatibleError):
+        tvm_ffi.register_error(kind.__name__, kind)
 
 
 def use_threads(threads: int) -> int:

@@ -21,40 +21,47 @@ REFERENCES = ("auto", "onnxruntime", "float64")
 
 
 def to_float64(model: Any) -> Any:
-    """A copy of the ONNX ModelProto `model` in which every float32 tensor is float64: weights, constants, casts, types."""
+    """A copy of the ONNX ModelProto `model` in which every float32 tensor is float64, with casts and types."""
     import onnx
-    from onnx import TensorProto, numpy_helper
 
-    single, double = TensorProto.FLOAT, TensorProto.DOUBLE
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-
-    def tensor(t: Any) -> None:
-        if t.data_type == single:
-            t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float64), t.name))
-
-    def graph(g: Any) -> None:
-        for initializer in g.initializer:
-            tensor(initializer)
-        for value in [*g.input, *g.output, *g.value_info]:
-            if value.type.tensor_type.elem_type == single:
-                value.type.tensor_type.elem_type = double
-        for node in g.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    tensor(attribute.t)
-                if attribute.HasField("g"):
-                    graph(attribute.g)
-                if node.op_type == "Cast" and attribute.name == "to" and attribute.i == single:
-                    attribute.i = double
-                if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
-                    values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
-                    attribute.CopyFrom(
-                        onnx.helper.make_attribute("value", numpy_helper.from_array(np.asarray(values, np.float64)))
-                    )
-
-    graph(copy.graph)
+    _widen_graph(copy.graph)
     return copy
+
+
+def _widen_graph(graph: Any) -> None:
+    from onnx import TensorProto
+
+    for initializer in graph.initializer:
+        _widen_tensor(initializer)
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    for node in graph.node:
+        for attribute in node.attribute:
+            _widen_attribute(node.op_type, attribute)
+
+
+def _widen_attribute(op: str, attribute: Any) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    if attribute.HasField("t"):
+        _widen_tensor(attribute.t)
+    if attribute.HasField("g"):
+        _widen_graph(attribute.g)
+    if op == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+        attribute.i = TensorProto.DOUBLE
+    if op == "Constant" and attribute.name in ("value_float", "value_floats"):
+        values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+        attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(np.asarray(values, np.float64))))
+
+
+def _widen_tensor(tensor: Any) -> None:
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_type == TensorProto.FLOAT:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
 
 
 def _run_float64(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

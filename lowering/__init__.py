@@ -15,6 +15,7 @@ from .im2row import Im2row
 from .implicit_gemm import ImplicitGemm
 from .pointwise import Pointwise
 from .problem import ConvProblem, DenseProblem, Problem, conv2d
+from .winograd import Winograd2, Winograd4, Winograd6
 
 LOWERINGS: dict[str, Lowering] = {
     lowering.key: lowering
@@ -23,6 +24,9 @@ LOWERINGS: dict[str, Lowering] = {
         Pointwise(),
         Depthwise(),
         ImplicitGemm(),
+        Winograd2(),
+        Winograd4(),
+        Winograd6(),
         Im2row(),
         Im2col(),
         Direct(),
@@ -48,5 +52,8 @@ __all__ = [
     "Reason",
     "Stage",
     "Tile",
+    "Winograd2",
+    "Winograd4",
+    "Winograd6",
     "conv2d",
 ]

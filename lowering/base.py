@@ -56,7 +56,7 @@ class GemmAxes:
 
     `inner` is the only part of `m` that a register tile may span (the pixels of one output row, say). `vector_k` says
     that `A` is read as a vector along `n` (a depthwise layer), not broadcast. `nr_divides` demands that the tile's
-    width divides `n`, because elements past the edge may not even be read.
+    width divides `n`, because elements past the edge may not even be read; `mr_divides` likewise for `inner`.
     """
 
     outer: int
@@ -66,6 +66,7 @@ class GemmAxes:
     groups: int = 1
     vector_a: bool = False
     nr_divides: bool = False
+    mr_divides: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class LoweringCost:
 
     `error_growth` is the expected relative error in units of the dtype's rounding unit: about `sqrt(k)` for a plain
     dot product of length `k`. `read_factor` is how much dearer than a plain load each element of A is (conditions,
-    gathers).
+    gathers); `extra_flops` counts vectorisable operations outside the GEMM (transforms).
     """
 
     gemms: tuple[GemmShape, ...]
@@ -99,6 +100,7 @@ class LoweringCost:
     error_growth: float
     workspace: dict[str, int] = field(default_factory=dict)
     read_factor: float = 1.0
+    extra_flops: int = 0
 
 
 @dataclass(frozen=True)

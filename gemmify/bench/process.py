@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -26,7 +27,7 @@ class WorkerProcess:
 
     def __init__(self, engine: str, command: Sequence[str] = COMMAND, timeout: float = 900.0) -> None:
         self.engine, self._timeout = engine, timeout
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         path = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if p)
         self._process = subprocess.Popen(
             list(command),
@@ -56,11 +57,9 @@ class WorkerProcess:
         """Send one request and wait for its reply. Raises GemmifyError where the engine fails, dies or says nothing."""
         assert self._process.stdin is not None
         self._resume()
-        try:
+        with contextlib.suppress(OSError):  # where it is dead, the missing reply below says how it died
             self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
             self._process.stdin.flush()
-        except OSError:  # it is dead: the missing reply below says how it died
-            pass
         line = self._read_line(do)
         try:
             reply: dict[str, Any] = json.loads(line)
@@ -77,11 +76,13 @@ class WorkerProcess:
         while b"\n" not in self._pending:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
+                self._process.kill()
                 self.close()
-                raise GemmifyError(f"engine {self.engine}: no answer to {do!r} within {self._timeout:.0f} s; stopped it")
+                raise GemmifyError(f"engine {self.engine}: no answer to {do!r} within {self._timeout:g} s; stopped it")
             chunk = os.read(pipe, 1 << 16)
             if not chunk:
-                raise GemmifyError(f"engine {self.engine}: its process ended {self._ending()} during {do!r}{self._said()}")
+                ending = f"its process ended {self._ending()} during {do!r}{self._said()}"
+                raise GemmifyError(f"engine {self.engine}: {ending}")
             self._pending += chunk
         line, _, self._pending = self._pending.partition(b"\n")
         return line
@@ -103,10 +104,8 @@ class WorkerProcess:
         """End the process, by force where it does not end by itself."""
         self._resume()
         if self._process.stdin is not None and not self._process.stdin.closed:
-            try:
+            with contextlib.suppress(OSError):
                 self._process.stdin.close()  # the end of its input ends it
-            except OSError:
-                pass
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -16,10 +16,10 @@ from gemmify.bench.process import WorkerProcess
 from gemmify.errors import GemmifyError, InputError
 from gemmify.measure import summarize
 
-SETTLE_SECONDS = 0.02  # between bursts, for the threads of the one before to fall asleep or be stopped
+SETTLE_SECONDS = 0.05  # between bursts, for the threads of the one before to fall asleep or be stopped
 BURST_SECONDS = 0.15
 MIN_ROUNDS = 5
-IDLE_LIMIT = 0.1  # a worker that burns more of a core than this while others are measured disturbs them
+IDLE_LIMIT = 0.2  # a worker that burns more of a core than this while others are measured disturbs them
 
 Start = Callable[[str], WorkerProcess]
 
@@ -71,7 +71,7 @@ def _outputs(worker: WorkerProcess, path: Path) -> list[np.ndarray]:
 def _rounds(
     workers: Mapping[str, WorkerProcess], repeat: int, between: Callable[[], None]
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Counted times of each engine, and the largest share of a core that each used while it was not its turn."""
+    """Counted times of each engine, and the share of a core that each used while it was not its turn."""
     names = list(workers)
     sizes = {}
     for name in names:
@@ -80,7 +80,7 @@ def _rounds(
         workers[name].pause()
     rounds = max(math.ceil(repeat / size) for size in sizes.values())
     times: dict[str, list[float]] = {name: [] for name in names}
-    idle = dict.fromkeys(names, 0.0)
+    idle = {name: [0.0, 0.0] for name in names}  # seconds of CPU, seconds
     between()
     for index in range(rounds):
         if index == rounds // 2 and rounds > 1:
@@ -94,11 +94,11 @@ def _rounds(
             reply = workers[name].ask("burst", runs=min(sizes[name], left), drop=1)
             workers[name].pause()
             times[name] += reply["seconds"]
-            if index and reply["idle"] > 0:
-                idle[name] = max(idle[name], reply["idle_cpu"] / reply["idle"])
+            idle[name][0] += reply["idle_cpu"]
+            idle[name][1] += reply["idle"]
     time.sleep(SETTLE_SECONDS)
     between()
-    return times, idle
+    return times, {name: cpu / max(wall, 1e-9) for name, (cpu, wall) in idle.items()}
 
 
 def burst_size(seconds: float, repeat: int) -> int:

@@ -2,7 +2,8 @@
 
 Requests come on standard input, one object a line; each is answered by one line on the original standard output:
 
-    {"do": "load", "engine": "openvino", "model": PATH, "threads": 2, "inputs": NPZ}  -> {"version": ..., "seconds": ..., "tethered": ...}
+    {"do": "load", "engine": "openvino", "model": PATH, "threads": 2, "inputs": NPZ}
+                                           -> {"version": ..., "seconds": ..., "tethered": ...}
     {"do": "burst", "runs": 5, "drop": 1}  -> {"seconds": [...], "idle_cpu": ..., "idle": ...}
     {"do": "outputs", "path": NPZ}         -> {"count": ...}
     {"do": "profile", "repeat": 5}         -> {"kernels": [[name, seconds], ...]}
@@ -25,12 +26,11 @@ import numpy as np
 
 from gemmify.bench.peers import ENGINES, Engine
 
-TETHERED = False
 _PR_SET_PDEATHSIG = 1
 
 
 def tether() -> bool:
-    """Let the system kill this process when its parent ends, even where it is stopped; False where that is not known."""
+    """Let the system kill this process when its parent ends, even while it is stopped; False where it cannot."""
     if not sys.platform.startswith("linux"):
         return False
     parent = os.getppid()
@@ -41,7 +41,8 @@ def tether() -> bool:
 class Worker:
     """The state between requests: the engine, its inputs, and how busy the process was since the last answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, tethered: bool = False) -> None:
+        self.tethered = tethered
         self.engine: Engine | None = None
         self.inputs: dict[str, np.ndarray] = {}
         self._left = (time.perf_counter(), time.process_time())
@@ -79,7 +80,7 @@ class Worker:
         with np.load(request["inputs"]) as data:
             self.inputs = {name: data[name] for name in data.files}
         self.engine = ENGINES[request["engine"]][0](request["model"], int(request["threads"]))
-        return {"version": self.engine.version, "seconds": time.perf_counter() - start, "tethered": TETHERED}
+        return {"version": self.engine.version, "seconds": time.perf_counter() - start, "tethered": self.tethered}
 
     def _burst(self, engine: Engine, runs: int, drop: int) -> list[float]:
         """Seconds of `runs` inferences after `drop` that are not counted: caches and sleeping threads wake up."""
@@ -92,9 +93,9 @@ class Worker:
         return times
 
 
-def serve(requests: TextIO, replies: TextIO) -> None:
+def serve(requests: TextIO, replies: TextIO, tethered: bool = False) -> None:
     """Answer each line of `requests` by a line on `replies` until the input ends or a quit request comes."""
-    worker = Worker()
+    worker = Worker(tethered)
     for line in requests:
         request = json.loads(line)
         if request.get("do") == "quit":
@@ -104,12 +105,10 @@ def serve(requests: TextIO, replies: TextIO) -> None:
 
 
 def main() -> None:
-    global TETHERED
-    TETHERED = tether()
     # What a library prints must not mix with the replies: they keep the old standard output, all else goes to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(sys.stdin, replies)
+    serve(sys.stdin, replies, tether())
 
 
 if __name__ == "__main__":

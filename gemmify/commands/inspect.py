@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
+from ..host import is_library
 from ..manifest import read_manifest
 
 
@@ -16,7 +17,7 @@ def execute(model: str, shapes: Mapping[str, Sequence[int]] | None = None) -> di
 
     Each layer: name, op, problem, gemm [m, n, k] (of one group), count (groups), macs, share of all MACs.
     """
-    result = _of_library(Path(model)) if Path(model).suffix == ".so" else _of_model(model, shapes)
+    result = _of_library(Path(model)) if is_library(Path(model)) else _of_model(model, shapes)
     total = sum(layer["macs"] for layer in result["layers"])
     for layer in result["layers"]:
         layer["share"] = layer["macs"] / total if total else 0.0
@@ -73,7 +74,11 @@ def show(result: dict[str, Any]) -> None:
     if any("lowering" in layer for layer in result["layers"]):
         columns.append(("lowering", "lowering", report.text))
         columns.append(("workspace", "workspace_bytes", report.size))
-    report.table(f"{result['model']}: {len(result['layers'])} layers, {report.count(result['macs'])} MACs", columns, result["layers"])
+    report.table(
+        f"{result['model']}: {len(result['layers'])} layers, {report.count(result['macs'])} MACs",
+        columns,
+        result["layers"],
+    )
     for kind in ("inputs", "outputs"):
         specs = [f"{s['name']} {'x'.join(map(str, s['shape']))} {s['dtype']}" for s in result[kind]]
         print(f"{kind}: {', '.join(specs)}")

@@ -13,6 +13,7 @@ import numpy as np
 from .. import report
 from ..errors import InputError
 from ..export import check_destination, write_file
+from ..host import is_library
 from ..manifest import TensorSpec
 from ..runtime import Model, load, random_inputs
 
@@ -52,18 +53,18 @@ def execute(
 
 
 def open_model(model: str, threads: int | None = None, options: Mapping[str, Any] | None = None) -> Model:
-    """Load `model` where it is a library (.so), else compile it."""
-    if Path(model).suffix == ".so" and not options:
+    """Load `model` where it is a library, else compile it."""
+    if is_library(Path(model)):
+        if options:
+            raise InputError(f"{model} is compiled already; leave out {', '.join(sorted(options))}, or give the model")
         return load(model, threads)
-    if Path(model).suffix == ".so":
-        raise InputError(f"{model} is compiled already; leave out {', '.join(sorted(options or {}))}, or give the model")
     from .. import compile as compile_model
 
     return compile_model(model, threads=threads, **(options or {}))
 
 
 def read_inputs(inputs: Sequence[str], specs: Sequence[TensorSpec], seed: int) -> dict[str, np.ndarray]:
-    """The arrays that the `--input` arguments name; random ones where there are none. InputError where one is unusable."""
+    """The arrays that the `--input` arguments name, or random ones; InputError for an unusable file or name."""
     given = [text for text in inputs if text != "random"]
     if not given:
         return random_inputs(specs, seed)
@@ -80,7 +81,9 @@ def read_inputs(inputs: Sequence[str], specs: Sequence[TensorSpec], seed: int) -
             arrays[specs[0].name] = content
         else:
             wanted = ", ".join(s.name for s in specs)
-            raise InputError(f"--input {text} names no input, and the model takes several ({wanted}); write NAME={text}")
+            raise InputError(
+                f"--input {text} names no input, and the model takes several ({wanted}); write NAME={text}"
+            )
     return arrays
 
 

@@ -64,7 +64,8 @@ def array_of(const: Expr) -> np.ndarray:
 
 def make_const(values: np.ndarray, dtype: str | None = None) -> Expr:
     """A tensor constant of `values`, cast to `dtype`."""
-    return relax.const(np.ascontiguousarray(values if dtype is None else values.astype(dtype, copy=False)))
+    # Not `ascontiguousarray`, which gives a number an axis.
+    return relax.const(np.asarray(values if dtype is None else values.astype(dtype, copy=False), order="C"))
 
 
 def scalar_of(expr: Expr) -> float | None:

@@ -67,9 +67,7 @@ def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Gemm
     lanes = machine.lanes(dtype)
     inner = _consumer_inner(sch, consumer)
 
-    loops = sch.get_loops(block)
-    spatial, reduction = loops[: len(axes)], loops[len(axes) :]
-    by_letter = {letter: [l for l, a in zip(spatial, axes, strict=True) if a == letter] for letter in "otpij"}
+    by_letter, reduction = tile_loops(sch, block, axes)
     partial = _extent(sch, by_letter["t"][0]) * _extent(sch, by_letter["i"][0]) != inner
 
     # 1. loop order
@@ -93,13 +91,22 @@ def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Gemm
         if knobs.k_unroll < _extent(sch, innermost):
             innermost = sch.split(innermost, [None, gcd(knobs.k_unroll, _extent(sch, innermost))])[1]
         sch.unroll(innermost)
-    _unroll_tile(sch, by_letter["i"][0], by_letter["j"][0], lanes)
+    unroll_tile(sch, by_letter["i"][0], by_letter["j"][0], lanes)
     init = sch.decompose_reduction(block, reduction[0])
-    _unroll_tile(sch, *sch.get_loops(init)[-2:], lanes)
+    unroll_tile(sch, *sch.get_loops(init)[-2:], lanes)
     _schedule_store(sch, consumer, at, lanes)
 
 
-def _unroll_tile(sch: s_tir.Schedule, i: Any, j: Any, lanes: int) -> None:
+def tile_loops(sch: s_tir.Schedule, block: Any, axes: str) -> tuple[dict[str, list[Any]], list[Any]]:
+    """The innermost loops of a GEMM block: the spatial ones by their letter in `axes`, and those of the reduction."""
+    reductions = sum(int(v.iter_type) == 2 for v in sch.get(block).iter_vars)
+    loops = sch.get_loops(block)[-(len(axes) + reductions) :]
+    spatial = loops[: len(axes)]
+    by_letter = {letter: [l for l, a in zip(spatial, axes, strict=True) if a == letter] for letter in "otpij"}
+    return by_letter, loops[len(axes) :]
+
+
+def unroll_tile(sch: s_tir.Schedule, i: Any, j: Any, lanes: int) -> None:
     """Rows and vectors of the tile unrolled, one vector register at a time: odd widths then cost nothing extra."""
     sch.unroll(i)
     extent = _extent(sch, j)

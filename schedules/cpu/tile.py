@@ -32,6 +32,7 @@ class TileRequest:
     dtype: str = "float32"
     vector_a: bool = False
     nr_divides: bool = False
+    mr_divides: bool = False
 
 
 def candidates(request: TileRequest, machine: Machine) -> list[tuple[int, int]]:
@@ -50,7 +51,8 @@ def candidates(request: TileRequest, machine: Machine) -> list[tuple[int, int]]:
     for nr in widths:
         v = max(1, nr // lanes)
         spare = machine.vector_registers - 1 - v * (2 if request.vector_a else 1)
-        tiles += [(mr, nr) for mr in range(1, min(spare // v, request.inner) + 1)]
+        rows = range(1, min(spare // v, request.inner) + 1)
+        tiles += [(mr, nr) for mr in rows if not request.mr_divides or request.inner % mr == 0]
     return tiles or [(1, lanes)]
 
 

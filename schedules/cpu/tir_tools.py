@@ -1,4 +1,4 @@
-"""Small tools on TIR: walk, substitute, flat indices, loop nests without blocks. Used by the passes beside this file."""
+"""Small tools on TIR for the passes beside this file: walk, substitute, flat indices, loop nests without blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import s_tir, sym, tirx
-from tvm.tirx import BufferLoad, BufferStore, For, ForKind, IntImm, PrimFunc, SeqStmt, Stmt, Var
+from tvm.ir import TensorLoad
+from tvm.tirx import BufferStore, For, ForKind, IntImm, PrimFunc, SeqStmt, Stmt, Var
 
 
 def walk(node: Any, kind: type | tuple[type, ...], visit: Callable[[Any], None]) -> None:
@@ -28,6 +29,16 @@ def substitute(node: Any, values: dict[Var, Any]) -> Any:
     return tvm_ffi.structural_map(node, (Var, lambda var: values.get(var, var)), order="post")
 
 
+def renamed(stmt: Stmt) -> Stmt:
+    """A copy of `stmt` in which every loop variable, bound variable and allocated buffer is a new one."""
+    new: dict[Var, Any] = {node.loop_var: fresh(node.loop_var, "") for node in collect(stmt, For)}
+    new |= {node.var: fresh(node.var, "") for node in collect(stmt, (tirx.Let, tirx.Bind))}
+    for node in collect(stmt, tirx.AllocBuffer):
+        old = node.buffer
+        new[old] = tirx.decl_buffer(old.shape, old.dtype, old.name, scope=old.scope(), data_alignment=64)
+    return substitute(stmt, new) if new else stmt
+
+
 def uses(node: Any, variables: Iterable[Var]) -> bool:
     """Whether any of the variables occurs in `node`."""
     wanted = list(variables)
@@ -44,9 +55,14 @@ def extent_of(loop: For) -> int | None:
     return constant(loop.extent) if constant(loop.min) == 0 else None
 
 
-def flat_index(access: BufferLoad | BufferStore) -> Any | None:
+def buffer_of(access: TensorLoad | BufferStore) -> Any:
+    """The buffer that a load reads or a store writes."""
+    return access.buffer if isinstance(access, BufferStore) else access.source
+
+
+def flat_index(access: TensorLoad | BufferStore) -> Any | None:
     """The row-major element index of an access; None for a buffer with strides or a symbolic shape."""
-    buffer = access.buffer
+    buffer = buffer_of(access)
     sizes = [constant(size) for size in buffer.shape]
     if len(buffer.strides) or any(size is None for size in sizes):
         return None

@@ -1,0 +1,210 @@
+"""A whole network against other engines in the same run: `run_model`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gemmify
+from gemmify import measure
+from gemmify.bench.header import header
+from gemmify.bench.peers import ENGINES, OURS, check_peers
+from gemmify.bench.rounds import agreement, measure_engines
+from gemmify.errors import InputError
+from gemmify.runtime import random_inputs
+from gemmify.threads import check_threads, default_threads
+from gemmify.verify import onnx_model
+from gemmify.zoo import ZOO, build
+
+DEFAULT_REPEAT = 40
+TOLERANCE = 1e-3
+"""Engines agree where no output differs by more than this share of the largest: a fast wrong one is no comparison."""
+# Words in a kernel's name, in order of precedence -> what the kernel does, for kernels that belong to no layer.
+_KIND_WORDS = (
+    ("lrn", ("lrn", "local_response")),
+    ("pooling", ("pool",)),
+    ("softmax", ("softmax",)),
+    ("concat", ("concat",)),
+    ("conv", ("conv2d", "conv1d", "conv3d", "conv_")),
+    ("fc", ("matmul", "dense")),
+)
+
+
+def run_model(
+    model: Any,
+    *,
+    peers: Sequence[str] = (),
+    threads: int | None = None,
+    repeat: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    lowering: Any = "auto",
+    target: Any = "llvm",
+) -> dict[str, Any]:
+    """Time `model` as compiled by us, and by each of `peers` ("onnxruntime", "openvino"; "torch" for a `.pt2` file).
+
+    Ours is exported and loaded by a fresh process that has TVM's runtime only; every engine has a process of its own,
+    `threads` threads and the same seeded inputs, and they take turns (see `measure_engines`). Returns a dict that is
+    ready for JSON: per engine seconds (best, median, p90, all), GFLOP/s and share of the multiply-add peak of this run,
+    `ratio` (its median over ours: above 1 we are faster), its outputs' difference from ours; per kernel and per kind
+    the seconds of ours. Raises InputError for an unknown or missing peer and for a model that a peer cannot read,
+    GemmifyError where an engine fails.
+    """
+    check_peers(peers)
+    threads = default_threads() if threads is None else check_threads(threads)
+    name, source = _source(model, peers)
+    result = header("model", threads, target)
+    peaks: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="gemmify-bench-") as folder:
+        compiled = gemmify.compile(model, target=target, lowering=lowering, shapes=shapes, threads=threads)
+        inputs = random_inputs(compiled.inputs)
+        files = {OURS: Path(compiled.export(Path(folder) / "ours.so"))}
+        if peers:
+            path = _peer_file(source, inputs, Path(folder))
+            files.update({peer: path for peer in peers})
+        found = measure_engines(
+            files,
+            inputs,
+            threads,
+            repeat=repeat or DEFAULT_REPEAT,
+            profile=OURS,
+            between=lambda: peaks.append(measure.multiply_add_peak(threads, "float32", target)),
+        )
+    layers, macs = compiled.layers, sum(int(layer["macs"]) for layer in compiled.layers)
+    result["bandwidth"] = {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
+    result["peak"] = {"gflops": max(peaks), "samples": peaks}
+    result["model"] = {
+        "name": name,
+        "macs": macs,
+        "layers": len(layers),
+        "inputs": {spec.name: list(spec.shape) for spec in compiled.inputs},
+        "memory": compiled.memory(),
+    }
+    result["engines"] = compare_engines(found, macs, max(peaks))
+    result["tolerance"] = TOLERANCE
+    result["kernels"] = kernel_rows(found["kernels"], layers)
+    result["kinds"] = kinds(result["kernels"])
+    return result
+
+
+def compare_engines(found: Mapping[str, Any], macs: int, peak: float) -> dict[str, dict[str, Any]]:
+    """The engines of `measure_engines` with their GFLOP/s, share of `peak`, and ratio and agreement with ours."""
+    engines: dict[str, dict[str, Any]] = {}
+    ours = found["engines"][OURS]
+    for name, engine in found["engines"].items():
+        gflops = 2 * macs / engine["median"] / 1e9
+        row = {**engine, "gflops": gflops, "peak_share": gflops / peak, "ratio": engine["median"] / ours["median"]}
+        if name != OURS:
+            row["difference"] = agreement(found["outputs"][OURS], found["outputs"][name], name)
+            relative = row["difference"]["relative"]
+            row["agrees"] = relative is not None and relative <= TOLERANCE
+        engines[name] = row
+    return engines
+
+
+def _source(model: Any, peers: Sequence[str]) -> tuple[str, Any]:
+    """The model's name, and what the peers read: an ONNX ModelProto or the path of a `.pt2` file."""
+    name = Path(model).stem if not hasattr(model, "graph") else str(model.graph.name or "model")
+    if not peers:
+        return name, None
+    if Path(str(model)).suffix == ".pt2":
+        source: Any = Path(model)
+    elif isinstance(model, str) and model in ZOO:
+        source = build(model)
+    else:
+        source = onnx_model(model)
+    ending = ".pt2" if isinstance(source, Path) else ".onnx" if source is not None else "none"
+    for peer in peers:
+        if ENGINES[peer][3] != ending:
+            raise InputError(
+                f"peer {peer!r} reads {ENGINES[peer][3]} files, and {name} is not one: "
+                "give an ONNX file or a zoo name for onnxruntime and openvino, a .pt2 file for torch"
+            )
+    return name, source
+
+
+def _peer_file(source: Any, inputs: Mapping[str, np.ndarray], folder: Path) -> Path:
+    """Write the model for the peers, its input shapes fixed to those of `inputs`."""
+    if isinstance(source, Path):
+        return source
+    import onnx
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(source)
+    fix_inputs(fixed, inputs)
+    path = folder / "model.onnx"
+    onnx.save_model(fixed, str(path), save_as_external_data=fixed.ByteSize() > 1 << 30, location="weights.bin")
+    return path
+
+
+def fix_inputs(model: Any, inputs: Mapping[str, np.ndarray]) -> None:
+    """Give the graph's inputs the shapes of `inputs`, and drop initializers from the inputs.
+
+    An initializer that is an input too could be overridden at each run: an engine may not fold it into its neighbours.
+    """
+    graph = model.graph
+    weights = {i.name for i in graph.initializer}
+    kept = [i for i in graph.input if i.name not in weights]
+    missing = sorted({i.name for i in kept} ^ set(inputs))
+    if missing:
+        raise InputError(f"the peers' model and ours differ in their inputs: {', '.join(missing)}")
+    for value in kept:
+        dims = value.type.tensor_type.shape.dim
+        del dims[:]
+        for size in inputs[value.name].shape:
+            dims.add().dim_value = size
+    del graph.input[:]
+    graph.input.extend(kept)
+
+
+def kernel_rows(kernels: Sequence[Sequence[Any]], layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`[{kernel, seconds, share, kind, layer, lowering}]` from (kernel, seconds) in the order of execution.
+
+    Equal layers share a kernel, so a call belongs to the first layer that still waits for it. `layer` is None for a
+    kernel of the rest of the network.
+    """
+    total = sum(float(seconds) for _, seconds in kernels) or 1.0
+    waiting = [(layer, list(layer.get("kernels", ()))) for layer in layers]
+    rows = []
+    for name, seconds in kernels:
+        found = next(((layer, left) for layer, left in waiting if left and left[0] == name), None)
+        if found is not None:
+            found[1].pop(0)
+        layer = found[0] if found is not None else None
+        rows.append(
+            {
+                "kernel": name,
+                "seconds": float(seconds),
+                "share": float(seconds) / total,
+                "kind": _layer_kind(layer) if layer else kernel_kind(name),
+                "layer": layer["name"] if layer else None,
+                "lowering": layer["lowering"] if layer else None,
+            }
+        )
+    return rows
+
+
+def _layer_kind(layer: Mapping[str, Any]) -> str:
+    return "fc" if layer["op"] == "dense" else "conv"
+
+
+def kernel_kind(name: str) -> str:
+    """What a kernel outside the layers does, by its name: lrn, pooling, softmax, concat, conv, fc, or other."""
+    lower = name.lower()
+    return next((kind for kind, words in _KIND_WORDS if any(word in lower for word in words)), "other")
+
+
+def kinds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`[{kind, seconds, share, calls}]`, the largest first."""
+    total = sum(row["seconds"] for row in rows) or 1.0
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        entry = found.setdefault(row["kind"], {"kind": row["kind"], "seconds": 0.0, "calls": 0})
+        entry["seconds"] += row["seconds"]
+        entry["calls"] += 1
+    for entry in found.values():
+        entry["share"] = entry["seconds"] / total
+    return sorted(found.values(), key=lambda entry: -entry["seconds"])

@@ -1,0 +1,160 @@
+"""Rewriting ONNX nodes into the forms that the importer reads rightly.
+
+TVM's importer (0.27) misreads some legal forms: it pads MaxPool with auto_pad SAME_LOWER wrongly, pads convolutions
+with auto_pad by a copy, rounds pooled sizes up past the end (ceil_mode), takes opset 10's Resize scales for a region
+of interest, has no opset 9 Slice, and no Upsample of opset 9. Every rule below removes one such form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+
+from gemmify.errors import UnsupportedError
+from gemmify.frontend.graph import Graph, attributes, set_attributes, used_names
+from gemmify.frontend.windows import resolve_conv, resolve_conv_transpose, resolve_pool
+
+Rule = Callable[[Graph, onnx.NodeProto], "list[onnx.NodeProto] | None"]
+
+
+def refuse(node: onnx.NodeProto, what: str) -> UnsupportedError:
+    """The error for a form of an operator that cannot be imported."""
+    return UnsupportedError(f"{node.op_type} (node {node.name!r}) {what}, which cannot be imported")
+
+
+def simplify(graph: Graph) -> None:
+    """Rules that need no shapes: drop Dropout, Identity and empty attributes, give old opsets their new form."""
+    used = set(graph.outputs).union(*(used_names(n) for n in graph.nodes))
+    for node in graph.nodes:
+        empty = [a.name for a in node.attribute if a.type == onnx.AttributeProto.INTS and not a.ints]
+        set_attributes(node, **dict.fromkeys(empty))
+        rule = _EARLY.get(node.op_type)
+        if rule and node.domain == "":
+            rule(graph, node)
+        _drop_unused_outputs(node, used)
+    _bypass_identity(graph)
+
+
+def resolve(graph: Graph) -> None:
+    """Rules that need the shapes of `graph.types`: padding by number, sizes of Resize."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.nodes:
+        rule = _LATE.get(node.op_type) if node.domain == "" else None
+        before = rule(graph, node) if rule else None
+        nodes += [*(before or []), node]
+    graph.nodes = nodes
+
+
+def _drop_unused_outputs(node: onnx.NodeProto, used: set[str]) -> None:
+    keep = max((i + 1 for i, name in enumerate(node.output) if name in used), default=1)
+    del node.output[keep:]
+    if node.op_type in ("MaxPool", "BatchNormalization", "Dropout") and keep > 1:
+        raise refuse(node, f"whose extra output {node.output[keep - 1]!r} is used")
+
+
+def _bypass_identity(graph: Graph) -> None:
+    source: dict[str, str] = {}
+    kept = []
+    for node in graph.nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = source.get(name, name)
+        if node.op_type == "Identity" and node.output[0] not in graph.outputs:
+            source[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    graph.nodes = kept
+
+
+def _dropout(graph: Graph, node: onnx.NodeProto) -> None:
+    training = graph.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    if len(node.input) > 2 and node.input[2] and (training is None or training.any()):
+        raise refuse(node, "in training mode")
+    if len(node.output) < 2 or not any(node.output[1] in n.input for n in graph.nodes):
+        node.op_type = "Identity"
+        del node.input[1:], node.output[1:], node.attribute[:]
+
+
+def _batch_norm(graph: Graph, node: onnx.NodeProto) -> None:
+    values = attributes(node)
+    if values.get("training_mode"):
+        raise refuse(node, "in training mode")
+    if not values.get("spatial", 1):
+        raise refuse(node, "with spatial=0 (statistics of each position)")
+    set_attributes(node, spatial=None, momentum=None)
+
+
+def _slice(graph: Graph, node: onnx.NodeProto) -> None:
+    """Opset 1's attributes become opset 10's inputs."""
+    values: dict[str, Any] = attributes(node)
+    if "starts" in values:
+        axes = values.get("axes") or list(range(len(values["starts"])))
+        parts = {"starts": values["starts"], "ends": values["ends"], "axes": axes}
+        node.input.extend(graph.add_constant(f"{node.name}_{k}", np.array(v, np.int64)) for k, v in parts.items())
+        del node.attribute[:]
+
+
+def _top_k(graph: Graph, node: onnx.NodeProto) -> None:
+    values: dict[str, Any] = attributes(node)
+    if "k" in values:
+        node.input.append(graph.add_constant(f"{node.name}_k", np.array([values["k"]], np.int64)))
+        set_attributes(node, k=None)
+
+
+def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
+    """Upsample (opset 7: scales as attribute, 9: as input) and Resize of opset 10 are Resize without half pixels."""
+    values: dict[str, Any] = attributes(node)
+    if node.op_type == "Resize" and graph.opset > 10:
+        return
+    if "scales" in values:
+        node.input.append(graph.add_constant(f"{node.name}_scales", np.array(values["scales"], np.float32)))
+    x, scales = node.input[:2]
+    del node.input[:], node.attribute[:]
+    node.op_type = "Resize"
+    node.input.extend([x, "", scales])
+    mode = str(values.get("mode", "nearest"))
+    set_attributes(node, mode="linear" if mode == "bilinear" else mode, coordinate_transformation_mode="asymmetric",
+                   nearest_mode="floor")
+
+
+def _resize(graph: Graph, node: onnx.NodeProto) -> None:
+    """Every Resize gets constant `sizes` of full rank; TVM derives the scales from them, so they must agree."""
+    values: dict[str, Any] = attributes(node)
+    if values.get("antialias") or values.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise refuse(node, "with antialias or keep_aspect_ratio_policy")
+    before, after = graph.shape(node.input[0]), graph.shape(node.output[0])
+    if before is None or after is None or before[:2] != after[:2] or len(before) not in (3, 4, 5):
+        raise refuse(node, "of a size known only at run time, or of other than the last one to three axes")
+    inputs = [*node.input, "", "", ""]
+    scales = graph.constants.get(inputs[2])
+    if scales is not None and scales.size:
+        axes = list(values.get("axes") or range(len(before)))
+        exact = [before[a] * float(s) for a, s in zip(axes, scales, strict=True)]
+        if any(abs(size - after[a]) > 1e-3 for a, size in zip(axes, exact, strict=True)):
+            raise refuse(node, f"with scales {scales.tolist()} that give no whole sizes")
+    sizes = graph.add_constant(f"{node.name}_sizes", np.array(after, np.int64))
+    del node.input[1:]
+    node.input.extend(["", "", sizes])
+    if values.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise refuse(node, "with coordinate_transformation_mode tf_crop_and_resize")
+    set_attributes(node, axes=None, keep_aspect_ratio_policy=None, antialias=None)
+
+
+_EARLY: dict[str, Callable[[Graph, onnx.NodeProto], None]] = {
+    "Dropout": _dropout,
+    "BatchNormalization": _batch_norm,
+    "Slice": _slice,
+    "TopK": _top_k,
+    "Upsample": _upsample,
+    "Resize": _upsample,
+}
+_LATE: dict[str, Rule] = {
+    "Conv": resolve_conv,
+    "ConvTranspose": resolve_conv_transpose,
+    "MaxPool": resolve_pool,
+    "AveragePool": resolve_pool,
+    "LpPool": resolve_pool,
+    "Resize": lambda graph, node: _resize(graph, node),
+}

@@ -1,0 +1,345 @@
+"""`winograd-2`, `winograd-4`, `winograd-6`: minimal filtering, fewer multiplications for small stride-1 kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from tvm import te, tirx
+
+from .base import (
+    Epilogue,
+    GemmAxes,
+    GemmShape,
+    Lowering,
+    LoweringCost,
+    Reason,
+    Stage,
+    Tile,
+    ceil_div,
+    no_epilogue,
+    require_conv,
+)
+from .problem import ConvProblem, Problem
+from .tile_gemm import AXES_ANNOTATION
+from .window import activation_bytes
+
+CHAIN_ANNOTATION = "gemmify.chain"
+Matrix = tuple[tuple[Fraction, ...], ...]
+
+# Interpolation points in the order in which Cook-Toom takes them: small integers and their inverses round least.
+POINTS = tuple(Fraction(p) for p in (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2)))
+
+# The transformed tiles of one block should stay in a core's own cache.
+BLOCK_BYTES = 640 << 10
+BLOCK_TILES = 48
+# From this many blocks on, blocks alone keep the cores busy and the input transform is fused into them.
+FUSE_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """`Y = A^T [(G g) * (B^T d)]` for F(m, r): `at` is m x alpha, `g` alpha x r, `bt` alpha x alpha, all exact."""
+
+    at: Matrix
+    g: Matrix
+    bt: Matrix
+
+
+@lru_cache
+def transforms(m: int, r: int) -> Transforms:
+    """The matrices of F(m, r), `alpha = m + r - 1` points with the last at infinity (Cook-Toom, in rationals).
+
+    Source: Lavin & Gray 2015, section 4.1 and its reference to Winograd 1980 (arXiv 1509.09308).
+    """
+    alpha = m + r - 1
+    points = POINTS[: alpha - 1]
+    if len(points) < alpha - 1:
+        raise ValueError(f"F({m}, {r}) needs {alpha - 1} interpolation points, {len(POINTS)} are known")
+    at = tuple(
+        tuple([p**i for p in points] + [Fraction(int(i == m - 1))]) for i in range(m)
+    )
+    rows_g, rows_bt = [], []
+    for p in points:
+        others = [q for q in points if q != p]
+        scale = Fraction(1)
+        for q in others:
+            scale *= p - q
+        rows_g.append(tuple(p**k / scale for k in range(r)))
+        rows_bt.append((*_polynomial(others), Fraction(0)))
+    rows_g.append(tuple(Fraction(int(k == r - 1)) for k in range(r)))
+    rows_bt.append(tuple(_polynomial(points)))
+    return Transforms(at, tuple(rows_g), tuple(rows_bt))
+
+
+def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
+    """Coefficients of `prod (x - root)`, the constant first."""
+    coefficients = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *coefficients]
+        coefficients = [s - root * c for s, c in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
+    return coefficients
+
+
+def _row(row: Any, matrix: Matrix, term: Any, dtype: str) -> Any:
+    """`sum_k matrix[row][k] term(k)`, where `row` is a loop variable that the schedule unrolls."""
+    result = None
+    for i in reversed(range(len(matrix))):
+        total = None
+        for k, coefficient in enumerate(matrix[i]):
+            if coefficient == 0:
+                continue
+            value = term(k)
+            if abs(coefficient) != 1:
+                value = value * tirx.const(float(abs(coefficient)), dtype)
+            if total is None:
+                total = value if coefficient > 0 else -value
+            else:
+                total = total + value if coefficient > 0 else total - value
+        result = total if result is None else tirx.Select(row == i, total, result)
+    return result
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Sizes of one problem: `th x tw` tiles an image in blocks of `bh x bw`, `alpha` the tile's edge."""
+
+    m: int
+    r: int
+    th: int
+    tw: int
+    bh: int
+    bw: int
+
+    @property
+    def alpha(self) -> int:
+        return self.m + self.r - 1
+
+    @property
+    def tiles(self) -> int:
+        return self.bh * self.bw
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.th // self.bh, self.tw // self.bw
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@lru_cache(maxsize=1024)
+def form_of(problem: ConvProblem, m: int) -> _Form:
+    """The tiling of `problem`: the block with the most tiles within BLOCK_BYTES and BLOCK_TILES, never padded up."""
+    th, tw = (ceil_div(size, m) for size in problem.out_size)
+    alpha = m + problem.kernel[0] - 1
+    limit = max(1, min(BLOCK_TILES, BLOCK_BYTES // (alpha * alpha * problem.c * problem.element)))
+    fitting = [(bh, bw) for bh in _divisors(th) for bw in _divisors(tw) if bh * bw <= limit]
+    bh, bw = max(fitting, key=lambda b: (b[0] * b[1], b[1]))
+    return _Form(m, problem.kernel[0], th, tw, bh, bw)
+
+
+class Winograd(Lowering):
+    """F(m x m, r x r): each `alpha x alpha` input tile becomes `m x m` outputs through `alpha^2` GEMMs, `alpha = m + r - 1`.
+
+        V = B^T d B,  U = G g G^T,  Y = A^T [sum_c U_c * V_c] A
+        GEMM: [P x C]·[C x M] for each of the alpha^2 tile positions, P = N ceil(Ho/m) ceil(Wo/m) tiles
+
+    Reads `(N, H, W, C)`, writes `(N, Ho, Wo, M)`. Blocks of `Pb` tiles go through transform, GEMM and inverse transform
+    together, each transform as two 1-D passes. Multiplications fall by `(m r / alpha)^2`; weights grow to
+    `e alpha^2 C M` and rounding errors with `m`. Source: Lavin & Gray 2015, section 4, algorithm 1 (arXiv 1509.09308).
+    """
+
+    m: int
+    gemm_formula = "alpha^2 x [P x C]·[C x M]"
+    workspace_formula = "e alpha^2 P C where few blocks; else threads e alpha^2 Pb (C + nr), in the kernel"
+    source = "Lavin & Gray 2015, section 4, algorithm 1 (arXiv 1509.09308)"
+
+    def applicable(self, problem: Problem) -> Reason | None:
+        if (reason := require_conv(problem)) is not None:
+            return reason
+        assert isinstance(problem, ConvProblem)
+        if problem.dims != 2:
+            return Reason(f"needs 2 spatial dimensions, got {problem.dims}")
+        if problem.groups != 1:
+            return Reason(f"needs groups 1, got {problem.groups}")
+        if problem.stride != (1, 1):
+            return Reason(f"needs stride 1, got {problem.stride[0]}x{problem.stride[1]}")
+        if problem.dilation != (1, 1):
+            return Reason(f"needs dilation 1, got {problem.dilation[0]}x{problem.dilation[1]}")
+        kernel = problem.kernel
+        if kernel[0] != kernel[1] or kernel[0] not in (3, 5) or self.m + kernel[0] - 1 > len(POINTS) + 1:
+            return Reason(
+                f"needs a 3x3 kernel, or 5x5 where m + 4 <= {len(POINTS) + 1}, got {kernel[0]}x{kernel[1]} with m = {self.m}"
+            )
+        return None
+
+    def axes(self, problem: Problem) -> GemmAxes:
+        assert isinstance(problem, ConvProblem)
+        form = form_of(problem, self.m)
+        by, bx = form.blocks
+        outer = problem.n * by * bx * form.alpha**2
+        return GemmAxes(outer, form.tiles, problem.m, problem.c, mr_divides=True)
+
+    def fused(self, problem: ConvProblem) -> bool:
+        """Whether the input transform runs inside each block (no V in memory) or ahead of all of them."""
+        by, bx = form_of(problem, self.m).blocks
+        return problem.n * by * bx >= FUSE_BLOCKS
+
+    def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
+        assert isinstance(problem, ConvProblem)
+        form = form_of(problem, self.m)
+        positions, tiles = form.alpha**2, problem.n * form.th * form.tw
+        columns = ceil_div(problem.m, tile.nr) * tile.nr
+        weights = problem.element * positions * problem.c * columns
+        workspace = {} if self.fused(problem) else {"winograd_input": problem.element * positions * tiles * problem.c}
+        # Additions of the transforms, in multiply-adds: two passes of alpha rows of about alpha/2 terms.
+        transform = tiles * positions * form.alpha * (problem.c + columns)
+        return LoweringCost(
+            gemms=(GemmShape(tiles, problem.m, problem.c, positions),),
+            macs=positions * tiles * problem.c * columns,
+            bytes_moved=activation_bytes(problem) + weights + 2 * sum(workspace.values()),
+            workspace_bytes=sum(workspace.values()),
+            weight_bytes=weights,
+            error_growth=problem.c**0.5 * float(_amplification(self.m, form.r)),
+            workspace=workspace,
+            extra_flops=transform,
+        )
+
+    def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
+        assert isinstance(problem, ConvProblem)
+        form = form_of(problem, self.m)
+        weight = Stage("packed", ("weight",), lambda w: _transform_weight(problem, form, tile, w), "weight")
+        if self.fused(problem):
+
+            def whole(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
+                return _multiply(problem, form, tile, epilogue, _transform_input(problem, form, data), packed)
+
+            return (weight, Stage("gemm", ("data", "packed"), whole, "output"))
+
+        def multiply(v: te.Tensor, packed: te.Tensor) -> te.Tensor:
+            return _multiply(problem, form, tile, epilogue, v, packed)
+
+        return (
+            Stage("winograd_input", ("data",), lambda data: _transform_input(problem, form, data), "workspace"),
+            weight,
+            Stage("gemm", ("winograd_input", "packed"), multiply, "output"),
+        )
+
+
+def _amplification(m: int, r: int) -> Fraction:
+    """Product of the transforms' largest absolute row sums, squared for two dimensions: how far rounding can grow."""
+    t = transforms(m, r)
+    norms = [max(sum((abs(x) for x in row), Fraction(0)) for row in matrix) for matrix in (t.at, t.g, t.bt)]
+    return norms[0] * norms[1] * norms[2]
+
+
+def _transform_weight(problem: ConvProblem, form: _Form, tile: Tile, weight: te.Tensor) -> te.Tensor:
+    """`U = G g G^T`: `(M, r, r, C)` to `[M/nr][alpha][alpha][C][nr]`, zeros past the last channel."""
+    g, a, dtype = transforms(form.m, form.r).g, form.alpha, problem.dtype
+    rows = te.compute(
+        (problem.m, a, form.r, problem.c),
+        lambda m, i, k, c: _row(i, g, lambda s: weight(m, s, k, c), dtype),
+        name="winograd_weight_rows",
+    )
+
+    def element(p: Any, i: Any, j: Any, c: Any, column: Any) -> Any:
+        m = p * tile.nr + column
+        value = _row(j, g, lambda s: rows(tirx.min(m, problem.m - 1), i, s, c), dtype)
+        return value if problem.m % tile.nr == 0 else tirx.Select(m < problem.m, value, tirx.const(0, dtype))
+
+    return te.compute((ceil_div(problem.m, tile.nr), a, a, problem.c, tile.nr), element, name="packed")
+
+
+def _transform_input(problem: ConvProblem, form: _Form, data: te.Tensor) -> te.Tensor:
+    """`V = B^T d B`: `[N][By][Bx][alpha][alpha][Pb][C]`, the tile read with clamped addresses and masked outside."""
+    bt, a, dtype = transforms(form.m, form.r).bt, form.alpha, problem.dtype
+    by, bx = form.blocks
+    c = problem.c
+
+    def gather(n: Any, y: Any, x: Any, q: Any, i: Any, j: Any, channel: Any) -> Any:
+        where = (
+            (y * form.bh + q // form.bw) * form.m + i - problem.pad_before[0],
+            (x * form.bw + q % form.bw) * form.m + j - problem.pad_before[1],
+        )
+        clamped = [tirx.min(tirx.max(w, 0), size - 1) for w, size in zip(where, problem.size, strict=True)]
+        inside = [test for w, size in zip(where, problem.size, strict=True) for test in (w >= 0, w < size)]
+        return tirx.Select(tirx.all(*inside), data(n, *clamped, channel), tirx.const(0, dtype))
+
+    tile = te.compute((problem.n, by, bx, form.tiles, a, a, c), gather, name="winograd_tile")
+    rows = te.compute(
+        (problem.n, by, bx, form.tiles, a, a, c),
+        lambda n, y, x, q, i, j, ch: _row(i, bt, lambda s: tile(n, y, x, q, s, j, ch), dtype),
+        name="winograd_input_rows",
+    )
+    return te.compute(
+        (problem.n, by, bx, a, a, form.tiles, c),
+        lambda n, y, x, i, j, q, ch: _row(j, bt, lambda s: rows(n, y, x, q, i, s, ch), dtype),
+        name="winograd_input",
+        attrs={CHAIN_ANNOTATION: "ooouurv"},
+    )
+
+
+def _multiply(
+    problem: ConvProblem, form: _Form, tile: Tile, epilogue: Epilogue, v: te.Tensor, packed: te.Tensor
+) -> te.Tensor:
+    """The alpha^2 GEMMs of a block, a panel of channels at a time, and the inverse transform `Y = A^T M A`."""
+    at, a, dtype, m = transforms(form.m, form.r).at, form.alpha, problem.dtype, form.m
+    (by, bx), panels = form.blocks, ceil_div(problem.m, tile.nr)
+    k = te.reduce_axis((0, problem.c), name="k0")
+    grid = (problem.n, by, bx, panels)
+    acc = te.compute(
+        (*grid, a, a, form.tiles // tile.mr, tile.mr, tile.nr),
+        lambda n, y, x, p, i, j, t, r, s: te.sum(v(n, y, x, i, j, t * tile.mr + r, k) * packed(p, i, j, k, s), axis=k),
+        name="gemm_acc",
+        attrs={AXES_ANNOTATION: "ooopootij"},
+    )
+    product = te.compute(
+        (*grid, a, a, form.tiles, tile.nr),
+        lambda n, y, x, p, i, j, q, s: acc(n, y, x, p, i, j, q // tile.mr, q % tile.mr, s),
+        name="winograd_product",
+    )
+    rows = te.compute(
+        (*grid, form.bh, form.bw, m, a, tile.nr),
+        lambda n, y, x, p, qy, qx, i, j, s: _row(
+            i, at, lambda l: product(n, y, x, p, l, j, qy * form.bw + qx, s), dtype
+        ),
+        name="winograd_output_rows",
+    )
+    tiles = te.compute(
+        (*grid, form.bh, form.bw, m, m, tile.nr),
+        lambda n, y, x, p, qy, qx, i, j, s: _row(j, at, lambda l: rows(n, y, x, p, qy, qx, i, l, s), dtype),
+        name="winograd_output",
+        attrs={CHAIN_ANNOTATION: "ooo" + "p" + "rruuv"},
+    )
+
+    def element(n: Any, y: Any, x: Any, ch: Any) -> Any:
+        ty, tx = y // m, x // m
+        at_tile = (ty % form.bh, tx % form.bw, y % m, x % m, ch % tile.nr)
+        return epilogue(tiles(n, ty // form.bh, tx // form.bw, ch // tile.nr, *at_tile), (n, y, x, ch))
+
+    return te.compute((problem.n, *problem.out_size, problem.m), element, name="gemm")
+
+
+class Winograd2(Winograd):
+    """F(2x2, 3x3) or F(2x2, 5x5): 2.25 or 2.78 times fewer multiplications; the mildest rounding."""
+
+    key, m = "winograd-2", 2
+    summary = "minimal filtering, 2x2 outputs a tile"
+
+
+class Winograd4(Winograd):
+    """F(4x4, 3x3) or F(4x4, 5x5): 4 or 6.25 times fewer multiplications."""
+
+    key, m = "winograd-4", 4
+    summary = "minimal filtering, 4x4 outputs a tile"
+
+
+class Winograd6(Winograd):
+    """F(6x6, 3x3): 5.06 times fewer multiplications, the largest rounding errors."""
+
+    key, m = "winograd-6", 6
+    summary = "minimal filtering, 6x6 outputs a tile"

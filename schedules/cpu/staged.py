@@ -1,0 +1,83 @@
+"""A GEMM between chains of small maps (transform, multiply, transform back), block by block in a core's own cache.
+
+  1. the chain behind the GEMM gives the loops: blocks, panels, elements of a block, vectors
+  2. blocks run in parallel; with a chain ahead of the GEMM that chain is computed once a block and the panels follow one
+     another, otherwise panels come first, so that a panel of B is used by every block while it is in the cache
+  3. the products of one block and panel stay in a buffer of that core
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import s_tir
+
+from ..machine import Machine
+from .chain import CHAIN_ANNOTATION, place_consumer, schedule_chain
+from .gemm import AXES_ANNOTATION, tile_loops, unroll_tile
+
+
+def schedule_staged(sch: s_tir.Schedule, chains: list[Any], gemm: Any | None, machine: Machine) -> None:
+    """Schedule a function whose blocks are chains, and a GEMM between them if there is one, in place."""
+    if gemm is None:
+        (block,) = chains
+        outer, _ = schedule_chain(sch, block, machine)
+        serial = _serial_loops(sch, block, outer)
+        sch.parallel(sch.fuse(*outer, *serial))
+        return
+    behind = [c for c in chains if _reaches(sch, gemm, c)]
+    ahead = [c for c in chains if _reaches(sch, c, gemm)]
+    assert len(behind) == 1 and len(ahead) <= 1, "a staged GEMM has one chain behind it and at most one ahead"
+    (product,) = sch.get_consumers(gemm)
+    (store,) = sch.get_consumers(behind[0])
+    lanes = machine.lanes(str(sch.get(gemm).writes[0].source.dtype))
+    # 1.
+    outer, vector = schedule_chain(sch, behind[0], machine, stop=product)
+    place_consumer(sch, store, vector, lanes)
+    # 2.
+    if ahead:
+        at_block = sch.fuse(*outer[:-1])
+        sch.parallel(at_block)
+        at_panel = outer[-1]
+    else:
+        sch.reorder(outer[-1], *outer[:-1])
+        at_block = at_panel = sch.fuse(outer[-1], *outer[:-1])
+        sch.parallel(at_panel)
+    # 3.
+    sch.compute_at(product, at_panel, preserve_unit_loops=True)
+    sch.compute_at(gemm, at_panel, preserve_unit_loops=True)
+    _schedule_product(sch, gemm, product, lanes)
+    for block in ahead:
+        sch.compute_at(block, at_block, preserve_unit_loops=True)
+        schedule_chain(sch, block, machine, at=at_block)
+
+
+def _schedule_product(sch: s_tir.Schedule, gemm: Any, product: Any, lanes: int) -> None:
+    """The register-tiled GEMM inside a block: tile loops, reduction, tile; its result stored vector by vector."""
+    letters = str(sch.get(gemm).annotations[AXES_ANNOTATION])
+    spatial, reduction = tile_loops(sch, gemm, letters)
+    sch.reorder(*spatial["o"], *spatial["p"], *spatial["t"], *reduction, *spatial["i"], *spatial["j"])
+    sch.set_scope(gemm, 0, "local")
+    at = spatial["t"][0]
+    sch.reverse_compute_at(product, at, preserve_unit_loops=True)
+    unroll_tile(sch, spatial["i"][0], spatial["j"][0], lanes)
+    init = sch.decompose_reduction(gemm, reduction[0])
+    unroll_tile(sch, *sch.get_loops(init)[-2:], lanes)
+    unroll_tile(sch, *sch.get_loops(product)[-2:], lanes)
+
+
+def _serial_loops(sch: s_tir.Schedule, block: Any, outer: list[Any]) -> list[Any]:
+    """The `r` loops of a chain block, which stand right behind its outer loops."""
+    count = str(sch.get(block).annotations[CHAIN_ANNOTATION]).count("r")
+    return sch.get_loops(block)[len(outer) : len(outer) + count]
+
+
+def _reaches(sch: s_tir.Schedule, source: Any, target: Any) -> bool:
+    """Whether the result of block `source` flows into block `target`."""
+    frontier = list(sch.get_consumers(source))
+    while frontier:
+        block = frontier.pop()
+        if sch.get(block).name_hint == sch.get(target).name_hint:
+            return True
+        frontier += sch.get_consumers(block)
+    return False
