@@ -171,7 +171,7 @@ def _manifest(
             "arena": memory.arena_bytes,
             "workspace": memory.workspace_peak,
             "outputs": memory.output_bytes,
-            "kernels": sum(memory.kernel_workspace.values()),
+            "kernels": max(memory.kernel_workspace.values(), default=0),
         },
         plan=Plan.of(layers).to_dict(),
         threads=threads or default_threads(),

@@ -31,13 +31,14 @@ CHAIN_ANNOTATION = "gemmify.chain"
 Matrix = tuple[tuple[Fraction, ...], ...]
 
 # Interpolation points in the order in which Cook-Toom takes them: small integers and their inverses round least.
-POINTS = tuple(Fraction(p) for p in (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2)))
+POINTS = tuple(Fraction(p) for p in (0, 1, -1, Fraction(1, 2), -2, 2, Fraction(-1, 2)))
 
 # The transformed tiles of one block should stay in a core's own cache.
 BLOCK_BYTES = 640 << 10
 BLOCK_TILES = 48
 # From this many blocks on, blocks alone keep the cores busy and the input transform is fused into them.
 FUSE_BLOCKS = 8
+FUSE_TILES = 12
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,18 @@ def _divisors(n: int) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def form_of(problem: ConvProblem, m: int) -> _Form:
-    """The tiling of `problem`: the block with the most tiles within BLOCK_BYTES and BLOCK_TILES, never padded up."""
+    """The tiling of `problem`, blocks never padded up.
+
+    The largest block within BLOCK_BYTES and BLOCK_TILES that leaves FUSE_BLOCKS blocks; where such blocks would be too
+    small for a register tile, the largest block that there is (the input is then transformed ahead of all blocks).
+    """
     th, tw = (ceil_div(size, m) for size in problem.out_size)
     alpha = m + problem.kernel[0] - 1
     limit = max(1, min(BLOCK_TILES, BLOCK_BYTES // (alpha * alpha * problem.c * problem.element)))
-    fitting = [(bh, bw) for bh in _divisors(th) for bw in _divisors(tw) if bh * bw <= limit]
-    bh, bw = max(fitting, key=lambda b: (b[0] * b[1], b[1]))
+    blocks = [(bh, bw) for bh in _divisors(th) for bw in _divisors(tw) if bh * bw <= BLOCK_TILES] or [(1, 1)]
+    fused = [b for b in blocks if b[0] * b[1] <= limit and problem.n * th * tw >= FUSE_BLOCKS * b[0] * b[1]]
+    fused = [b for b in fused if b[0] * b[1] >= FUSE_TILES]
+    bh, bw = max(fused or blocks, key=lambda b: (b[0] * b[1], b[1]))
     return _Form(m, problem.kernel[0], th, tw, bh, bw)
 
 

@@ -78,7 +78,7 @@ def gemmify_process(*words: str, cwd: Path | None = None) -> subprocess.Complete
 def fails(capfd, words: list[str], code: int, *parts: str) -> None:
     """`gemmify words` ends with `code` and one line on stderr that holds all `parts`."""
     assert cli.main(words) == code
-    out, err = capfd.readouterr()
+    err = capfd.readouterr().err
     lines = err.splitlines()
     assert lines and lines[-1].startswith("gemmify: error: ") and "Traceback" not in err, err
     assert all(part in lines[-1] for part in parts), lines[-1]

@@ -301,3 +301,23 @@ def rewrite_main(mod: tvm.IRModule, rewrite: Callable[[relax.Function], relax.Fu
     result = mod.clone()
     result.update_func(mod.get_global_var("main"), func)
     return result
+
+
+def drop_uncalled(mod: tvm.IRModule) -> tvm.IRModule:
+    """The module without the private PrimFuncs that no Relax function calls any more."""
+    called: set[str] = set()
+    for func in mod.functions.values():
+        if isinstance(func, relax.Function):
+            for _, value in Graph(func).bindings:
+                called.update(a.name_hint for a in value_args(value) if isinstance(a, tvm.ir.GlobalVar))
+    keep = {
+        gv: func
+        for gv, func in mod.functions.items()
+        if not isinstance(func, tvm.tirx.PrimFunc) or gv.name_hint in called or "global_symbol" in (func.attrs or {})
+    }
+    return tvm.IRModule(keep, attrs=mod.attrs)
+
+
+def value_args(value: Expr) -> list[Expr]:
+    """The operator and the arguments of a call; nothing for any other value."""
+    return [value.op, *value.args] if isinstance(value, relax.Call) else []

@@ -11,11 +11,13 @@ from tvm import relax
 from tvm.relax import op
 
 from ._constants import RESHAPES, fold
+from ._primfuncs import as_operator
 from ._rewrite import (
     Emitter,
     Expr,
     Graph,
     array_of,
+    drop_uncalled,
     dtype_of,
     int_list,
     is_const,
@@ -48,21 +50,23 @@ class Canonicalize:
     def transform_module(self, mod: tvm.IRModule, ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """`mod` with `main` simplified. Raises ValueError where `main` is missing or holds control flow."""
         del ctx
-        return rewrite_main(mod, canonicalize)
+        return drop_uncalled(rewrite_main(mod, lambda func: canonicalize(func, mod)))
 
 
-def canonicalize(func: relax.Function) -> relax.Function:
-    """`func` simplified; see `Canonicalize`."""
+def canonicalize(func: relax.Function, mod: tvm.IRModule) -> relax.Function:
+    """`func` simplified, where `mod` holds the functions that it calls; see `Canonicalize`."""
     graph = Graph(func)
     emitter = Emitter()
     for var, value in graph.bindings:
-        new = emitter.default(var, value) if not isinstance(value, relax.Call) else _visit(graph, emitter, var, value)
-        emitter.env[var] = new
+        call = value if isinstance(value, relax.Call) else None
+        emitter.env[var] = emitter.default(var, value) if call is None else _visit(graph, emitter, var, call, mod)
     return emitter.finish(graph, [emitter.lookup(o) for o in graph.outputs])
 
 
-def _visit(graph: Graph, emitter: Emitter, var: Expr, value: Expr) -> Expr:
+def _visit(graph: Graph, emitter: Emitter, var: Expr, value: Expr, mod: tvm.IRModule) -> Expr:
     call = emitter.normalized(value)
+    operator = as_operator(mod, call)
+    call = call if operator is None else emitter.normalized(operator)
     name = op_name(call)
     if not _keeps_dense_weight(graph, var, call) and (folded := fold(call)) is not None:
         return folded
