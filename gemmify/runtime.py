@@ -82,26 +82,38 @@ class Model:
 
     def __init__(
         self,
-        module: Any,
         manifest: Manifest,
         threads: int | None = None,
         *,
+        module: Any = None,
         executable: Any = None,
         path: Path | None = None,
     ) -> None:
+        """Over a loaded library's `module` and its `path`, or over the `executable` (VMExecutable) of a compilation."""
         self._tvm = import_tvm()
         self._module, self._executable, self._path = module, executable, path
         self.manifest = manifest
         self._lock = threading.RLock()
         self._threads = default_threads()
-        self._vm = self._new_vm()
-        cpu = self._tvm.cpu()
-        self._buffers = [self._tvm.runtime.empty(s.shape, s.dtype, cpu) for s in manifest.inputs]
+        self._vm: Any = None
+        self._buffers: list[Any] = []
         if threads is not None:
             self.set_threads(threads)
 
     def _new_vm(self) -> Any:
+        """A virtual machine over the code. Made at the first run, so that a network compiled for another CPU can still
+        be exported; IncompatibleError where this machine cannot run it."""
+        if self._module is None:
+            check_host(self.manifest)
+            self._module = self._executable.jit()
         return self._tvm.runtime.vm.VirtualMachine(self._module, self._tvm.cpu())
+
+    def _machine(self) -> Any:
+        """The virtual machine of ordinary runs, with the input buffers. Call with the lock held."""
+        if self._vm is None:
+            self._vm = self._new_vm()
+            self._buffers = [self._tvm.runtime.empty(s.shape, s.dtype, self._tvm.cpu()) for s in self.inputs]
+        return self._vm
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -162,7 +174,9 @@ class Model:
 
     def _place(self, inputs: Inputs) -> list[Any]:
         """Copy the inputs into the model's own aligned buffers. Call with the lock held."""
-        for buffer, array in zip(self._buffers, self._checked(inputs), strict=True):
+        arrays = self._checked(inputs)
+        self._machine()
+        for buffer, array in zip(self._buffers, arrays, strict=True):
             buffer.copyfrom(array)
         use_threads(self._threads)
         return self._buffers
@@ -173,7 +187,8 @@ class Model:
         Raises InputError, naming what is required, for an unknown or missing name, another shape or another dtype.
         """
         with self._lock:
-            result = self._vm["main"](*self._place(inputs))
+            placed = self._place(inputs)
+            result = self._vm["main"](*placed)
             return [np.array(t.numpy(), copy=True) for t in _flatten(result)]
 
     def __call__(self, *arrays: Any) -> Any:
@@ -183,16 +198,16 @@ class Model:
 
     def time(self, inputs: Inputs | None = None, repeat: int = 10, warmup: int = 3) -> list[float]:
         """Seconds of each of `repeat` runs after `warmup` untimed ones, without the copies in and out of numpy."""
-        return self._timed(inputs, repeat, warmup, self._vm, lambda: None)
+        return self._timed(inputs, repeat, warmup, self._machine, lambda: None)
 
     def _timed(
-        self, inputs: Inputs | None, repeat: int, warmup: int, vm: Any, started: Callable[[], None]
+        self, inputs: Inputs | None, repeat: int, warmup: int, vm: Callable[[], Any], started: Callable[[], None]
     ) -> list[float]:
         if repeat < 1 or warmup < 0:
             raise InputError(f"repeat must be at least 1 and warmup at least 0, got {repeat} and {warmup}")
         with self._lock:
             placed = self._place(random_inputs(self.inputs) if inputs is None else inputs)
-            main, seconds = vm["main"], []
+            main, seconds = vm()["main"], []
             for i in range(warmup + repeat):
                 if i >= warmup:
                     started()
@@ -220,7 +235,7 @@ class Model:
 
         vm = self._new_vm()
         vm.set_instrument(instrument)
-        self._timed(inputs, repeat, 1, vm, lambda: runs.append([]))
+        self._timed(inputs, repeat, 1, lambda: vm, lambda: runs.append([]))
         calls = [[c for c in run if not c[0].startswith("vm.builtin.")] for run in runs]
         return [(same[0][0], float(np.median([s for _, s in same]))) for same in zip(*calls, strict=True)]
 
@@ -269,7 +284,9 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Model:
         with without_scope_lines():
             # Not tvm.runtime.load_module: it goes by the file's extension, and a library may have been renamed.
             module = tvm.get_global_func("ffi.Module.load_from_file.so")(str(place.resolve()), "so")
-            return Model(module, manifest, threads, path=place)
+            model = Model(manifest, threads, module=module, path=place)
+            model._machine()
+            return model
     except GemmifyError:
         raise
     except Exception as err:
@@ -284,5 +301,4 @@ def compile_to_model(model: Any, *, threads: int | None = None, **options: Any) 
     from .pipeline import compile_model
 
     compilation = compile_model(model, threads=count, **options)
-    check_host(compilation.manifest, "the compiled network")
-    return Model(compilation.executable.jit(), compilation.manifest, count, executable=compilation.executable)
+    return Model(compilation.manifest, count, executable=compilation.executable)

@@ -1,7 +1,7 @@
 """Layer -> lowering: forced by the user, or the least modelled time among those that apply and fit the budgets.
 
-The model is a bound, not a simulation: cycles of the register tiles from `schedules.cpu.tile`, plus the bytes that a
-lowering moves beyond its input, output and weights at `BYTES_PER_CYCLE`. `direct` always remains.
+The model is a bound, not a simulation: cycles of the register tiles from `schedules.cpu.tile`, the reading of the
+weights, and the bytes that a lowering moves beyond its input and output. `direct` always remains.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from schedules.cpu.tile import modelled_cycles
 
 from .errors import InputError
 from .kernels import tile_for, tile_request
-
-# Sustained streaming of one core from the shared cache or memory, bytes a cycle; only the order of lowerings rests on it.
-BYTES_PER_CYCLE = 8.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +85,20 @@ def _candidate(lowering: Lowering, problem: Problem, machine: Machine, max_works
     if max_workspace is not None and cost.workspace_bytes > max_workspace:
         found = Reason(f"needs {cost.workspace_bytes} bytes of workspace, the bound is {max_workspace}")
         return Candidate(lowering, found, tile, cost)
-    cycles = modelled_cycles(tile_request(lowering, problem), machine, tile.mr, tile.nr) * cost.read_factor
-    # A workspace is written once and read once.
-    traffic = 2 * cost.workspace_bytes / BYTES_PER_CYCLE
-    return Candidate(lowering, None, tile, cost, (cycles + traffic) / machine.cores)
+    return Candidate(lowering, None, tile, cost, modelled_time(lowering, problem, machine, tile, cost))
+
+
+def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: Tile, cost: LoweringCost) -> float:
+    """Modelled cycles of the layer with every core at work.
+
+    The GEMM overlaps with reading its weights, which come from memory (a network's weights rarely fit a cache
+    together); transforms and workspaces (written once, read once, from the shared cache) come on top.
+    """
+    gemm = modelled_cycles(tile_request(lowering, problem), machine, tile.mr, tile.nr) * cost.read_factor
+    weights = cost.weight_bytes / machine.memory_bytes_per_cycle
+    transforms = cost.extra_flops / machine.lanes(problem.dtype)
+    workspace = 2 * cost.workspace_bytes / machine.shared_bytes_per_cycle
+    return (max(gemm, weights) + min(gemm, weights) / 4 + transforms + workspace) / machine.cores
 
 
 def choose(layer: str, problem: Problem, machine: Machine, policy: Policy) -> Choice:

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import tvm
 from tvm import te, tirx
+from tvm_ffi.core import ObjectConvertible
 
 from .problem import ConvProblem, Problem
 
@@ -117,11 +119,15 @@ class Stage:
     kind: Literal["weight", "workspace", "output"]
 
 
-class Lowering(ABC):
+class Lowering(ObjectConvertible, ABC):
     """One way to compute a layer as matrix multiplications. Subclasses state the paper, the equation and the shapes.
 
     `key` is the name that plans, logs, the command line and the tests use. `layout` is the layout of the activations
     that it reads and writes: "NHWC" (channels last) or "NCHW".
+
+    Each instance is a TVM pass as well, on its own or in a `tvm.transform.Sequential`: `lowering.Im2col()(mod)` rewrites
+    every unscheduled PrimFunc that computes a layer to which it applies, see `lowering.passes`. `tile` is the register
+    tile of that pass; None takes a modest one, because the pass knows no target.
     """
 
     key: str
@@ -130,6 +136,22 @@ class Lowering(ABC):
     workspace_formula: str
     source: str
     layout: Literal["NHWC", "NCHW"] = "NHWC"
+
+    def __init__(self, tile: Tile | None = None) -> None:
+        self.tile = tile
+
+    def asobject(self) -> tvm.transform.Pass:
+        """The TVM pass that this lowering is; `Sequential` asks for it."""
+        from .passes import lower_module
+
+        def run(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+            return lower_module(self, mod)
+
+        return tvm.transform.module_pass(run, opt_level=0, name=f"lowering.{self.key}")
+
+    def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
+        """The module with this lowering applied to every PrimFunc that it can rewrite; the others are untouched."""
+        return self.asobject()(mod)
 
     @abstractmethod
     def applicable(self, problem: Problem) -> Reason | None:

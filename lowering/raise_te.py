@@ -18,8 +18,6 @@ import tvm_ffi
 from tvm import s_tir, te, tirx
 from tvm.ir import prim
 
-from .base import Reason
-
 Var = tvm.ir.Var
 Load = tvm.ir.expr.TensorLoad
 
@@ -32,11 +30,12 @@ class NotUnderstood(Exception):
 class Block:
     """One block: `buffer[spatial, in this order] = value`, or with `reduction` variables `buffer = init`, then `value`.
 
-    `spatial` holds one variable for each axis of the buffer. `extents` has every variable's extent; a variable of
-    extent 1 that the store does not use has been replaced by 0.
+    `index` is the index as written; `spatial` holds one variable for each axis of the buffer. `extents` has every
+    variable's extent; a variable of extent 1 that the store does not use has been replaced by 0.
     """
 
     buffer: Any
+    index: tuple[Any, ...]
     spatial: tuple[Any, ...]
     reduction: tuple[Any, ...]
     extents: dict[Any, int]
@@ -160,7 +159,7 @@ def _make_block(block: Any, extents: dict[Any, int], kinds: dict[Any, int]) -> B
     store = block.body
     shape = shape_of(store.buffer)
     spatial = _stored_at(store.indices, shape, extents)
-    if any(kinds[var] != tirx.IterVar.DataPar for var in spatial):
+    if any(kinds.get(var, tirx.IterVar.DataPar) != tirx.IterVar.DataPar for var in spatial):
         raise NotUnderstood("needs spatial block variables in the stored index")
     reduction = tuple(v for v, kind in kinds.items() if kind == tirx.IterVar.CommReduce)
     rest = [v for v in extents if v not in spatial and v not in reduction]
@@ -176,7 +175,7 @@ def _make_block(block: Any, extents: dict[Any, int], kinds: dict[Any, int]) -> B
         init = block.init.value
     zeros = {v: prim.IntImm("int32", 0) for v in rest}
     value = substitute(store.value, zeros) if zeros else store.value
-    return Block(store.buffer, spatial, reduction, extents, init, value, dict(block.annotations))
+    return Block(store.buffer, tuple(store.indices), spatial, reduction, extents, init, value, dict(block.annotations))
 
 
 def _stored_at(indices: Any, shape: tuple[int, ...], extents: dict[Any, int]) -> tuple[Any, ...]:
@@ -201,7 +200,7 @@ def same_index(left: Any, right: Any) -> bool:
 
 
 def raise_value(value: Any, variables_to: Mapping[Any, Any], tensors: Mapping[Any, te.Tensor]) -> Any:
-    """`value` over te tensors: variables substituted, and each element read from the tensor that stands for its buffer."""
+    """`value` over te tensors: variables substituted, each element read from the tensor that stands for its buffer."""
 
     def read(load: Any) -> Any:
         if load.source not in tensors:
@@ -209,9 +208,9 @@ def raise_value(value: Any, variables_to: Mapping[Any, Any], tensors: Mapping[An
         return tensors[load.source](*load.indices)
 
     raised = tvm_ffi.structural_map(substitute(value, variables_to), (Load, read))
-    left: list[Any] = []
-    tvm_ffi.structural_walk(raised, (Var, lambda v: left.append(v) if isinstance(v.ty, tirx.buffer.BufferType) else None))
-    if left:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(raised, (Var, found.append))
+    if left := [var for var in found if isinstance(var.ty, tirx.buffer.BufferType)]:
         raise NotUnderstood(f"uses the buffer {left[0].name} otherwise than by reading its elements")
     return raised
 
@@ -289,8 +288,3 @@ def grid(variables_: Iterable[Any], extents: Mapping[Any, int], limit: int = 1 <
         raise NotUnderstood(f"has a condition over {points} points, more than can be checked one by one")
     axes = np.ix_(*(np.arange(extents[var]) for var in names)) if names else ()
     return dict(zip(names, axes, strict=True))
-
-
-def as_reason(error: NotUnderstood) -> Reason:
-    """The Reason of a function that was not understood."""
-    return Reason(str(error))

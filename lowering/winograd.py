@@ -203,8 +203,8 @@ class Winograd(Lowering):
         columns = ceil_div(problem.m, tile.nr) * tile.nr
         weights = problem.element * positions * problem.c * columns
         workspace = {} if self.fused(problem) else {"winograd_input": problem.element * positions * tiles * problem.c}
-        # Additions of the transforms, in multiply-adds: two passes of alpha rows of about alpha/2 terms.
-        transform = tiles * positions * form.alpha * (problem.c + columns)
+        bt, at = _terms(transforms(form.m, form.r).bt), _terms(transforms(form.m, form.r).at)
+        transform = tiles * (2 * form.alpha * bt * problem.c + (form.alpha + form.m) * at * columns)
         return LoweringCost(
             gemms=(GemmShape(tiles, problem.m, problem.c, positions),),
             macs=positions * tiles * problem.c * columns,
@@ -242,6 +242,11 @@ def _amplification(m: int, r: int) -> Fraction:
     t = transforms(m, r)
     norms = [max(sum((abs(x) for x in row), Fraction(0)) for row in matrix) for matrix in (t.at, t.g, t.bt)]
     return norms[0] * norms[1] * norms[2]
+
+
+def _terms(matrix: Matrix) -> int:
+    """Nonzero entries: the operations of one 1-D pass."""
+    return sum(x != 0 for row in matrix for x in row)
 
 
 def _transform_weight(problem: ConvProblem, form: _Form, tile: Tile, weight: te.Tensor) -> te.Tensor:

@@ -1,5 +1,14 @@
 """Schedules: TIR -> scheduled TIR for one machine. Knows no convolution and imports nothing of `lowering`."""
 
+from schedules.cpu.rules import IS_SCHEDULED, schedule_func, schedule_module
 from schedules.machine import Machine, TargetError, host_target, parse_target
 
-__all__ = ["Machine", "TargetError", "host_target", "parse_target"]
+__all__ = [
+    "IS_SCHEDULED",
+    "Machine",
+    "TargetError",
+    "host_target",
+    "parse_target",
+    "schedule_func",
+    "schedule_module",
+]

@@ -80,7 +80,7 @@ def compiled(rows: int = ROWS, width: int = WIDTH, threads: int = 2) -> tuple[An
 
 def model(threads: int = 2) -> Model:
     executable, manifest = compiled()
-    return Model(executable.jit(), manifest, threads, executable=executable)
+    return Model(manifest, threads, executable=executable)
 
 
 def data(seed: int = 0, rows: int = ROWS, width: int = WIDTH) -> np.ndarray:

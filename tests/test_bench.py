@@ -1,305 +1,22 @@
-"""`gemmify.measure` and `gemmify.bench`: kernels that measure what they say, workers that fail clearly, results as JSON."""
+"""`gemmify.bench`: the suites' shapes, whole networks against peers, and the results as JSON and as tables."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
-import os
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import tvm
 from onnx import TensorProto, helper
 
 from gemmify import measure
-from gemmify.bench import header, network, peers, report, rounds, shapes, worker
-from gemmify.bench.process import WorkerProcess
-from gemmify.errors import GemmifyError, InputError
+from gemmify.bench import header, network, report, shapes
+from gemmify.errors import InputError
 from lowering import ConvProblem, conv2d
-from schedules.machine import Machine, host_target
-
-# ---------------------------------------------------------------- measure
-
-
-def test_peak_kernel_computes_its_recurrence() -> None:
-    kernel = measure._peak_kernel(2, 8, 4, "float32", str(host_target()))["main"]
-    factors = np.array([[0.9] * 4, [0.2] * 4], "float32")
-    out = tvm.runtime.tensor(np.zeros((2, 8, 4), "float32"))
-    measure.set_threads(1)
-    kernel(tvm.runtime.tensor(factors), out, 7)
-    want = np.arange(8, dtype="float64")
-    for _ in range(7):
-        want = want * 0.9 + 0.2
-    np.testing.assert_allclose(out.numpy(), np.broadcast_to(want[None, :, None], (2, 8, 4)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", measure.PEAK_DTYPES)
-def test_peak_kernel_keeps_its_accumulators_in_vector_registers(dtype: str) -> None:
-    machine = Machine.from_target(host_target())
-    if machine.arch != "x86_64" or not {"fma", "avx2"} <= machine.features:
-        pytest.skip("the names of registers and instructions are x86's")
-    chains = machine.vector_registers * 3 // 4
-    kernel = measure._peak_kernel(1, chains, machine.lanes(dtype), dtype, str(host_target()))
-    lines = kernel.mod.inspect_source("asm").splitlines()
-    register = {64: "%zmm", 32: "%ymm"}[machine.vector_bytes]
-    fma = [i for i, line in enumerate(lines) if "vfmadd" in line and line.count(register) == 3]
-    assert len(fma) >= chains
-    between = [line for line in lines[fma[0] : fma[chains - 1]] if "vmov" in line]
-    assert not between, "an accumulator is spilled inside the loop"
-
-
-def test_peak_is_positive_and_grows_with_the_vector_width() -> None:
-    assert measure.multiply_add_peak(1) > 0
-    assert measure.multiply_add_peak(1, "float64") > 0
-
-
-def test_read_and_triad_touch_every_element() -> None:
-    rng = np.random.default_rng(0)
-    b, c = (rng.random((2, 3, 8, 4), dtype=np.float32) for _ in range(2))
-    measure.set_threads(1)
-    total = tvm.runtime.tensor(np.zeros((2, 8, 4), "float32"))
-    measure._read_kernel(2, 3, 4)["main"](tvm.runtime.tensor(b), total)
-    np.testing.assert_allclose(total.numpy(), b.astype("float64").sum(1), rtol=1e-6)
-    a = tvm.runtime.tensor(np.full(b.shape, np.nan, "float32"))
-    measure._triad_kernel(2, 3, 4)["main"](a, tvm.runtime.tensor(b), tvm.runtime.tensor(c))
-    np.testing.assert_allclose(a.numpy(), b + 3 * c.astype("float64"), rtol=1e-6)
-
-
-def test_bandwidth_is_positive() -> None:
-    assert measure.memory_bandwidth(1) > 0
-
-
-@pytest.mark.parametrize(
-    ("call", "text"),
-    [
-        (lambda: measure.multiply_add_peak(1, "int8"), "float32 or float64, got 'int8'"),
-        (lambda: measure.multiply_add_peak(0), "at least 1, got 0"),
-        (lambda: measure.multiply_add_peak(1, target="llvm -mtriple=riscv64-linux-gnu"), "is for riscv64"),
-        (lambda: measure.memory_bandwidth(1, "write"), "'read' or 'triad', got 'write'"),
-        (lambda: measure.time_call(lambda: None, repeat=0), "at least 1 is required"),
-        (lambda: measure.alternate({}, rounds=0), "at least 1 is required"),
-        (lambda: measure.summarize([]), "at least 1 run"),
-    ],
-)
-def test_measure_refuses(call: object, text: str) -> None:
-    with pytest.raises(InputError, match=text):
-        call()  # type: ignore[operator]
-
-
-def test_peak_refuses_a_target_whose_instructions_this_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "cpu_flags", lambda: frozenset({"sse4_2"}))
-    with pytest.raises(InputError, match="CPU features that this machine lacks"):
-        measure.multiply_add_peak(1)
-
-
-def test_a_pool_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "use_threads", lambda n: n - 1)
-    with pytest.raises(InputError, match=r"asked for 3 threads.*holds 2.*TVM_NUM_THREADS=3"):
-        measure.set_threads(3)
-
-
-def test_summarize_orders_and_counts() -> None:
-    found = measure.summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0, 7.0, 8.0, 9.0, 10.0])
-    assert found == {"best": 1.0, "median": 5.5, "p90": 9.0, "runs": 10}
-    assert measure.summarize([2.0]) == {"best": 2.0, "median": 2.0, "p90": 2.0, "runs": 1}
-
-
-def test_geomean() -> None:
-    assert measure.geomean([]) is None
-    assert measure.geomean([2.0, 8.0]) == pytest.approx(4.0)
-
-
-def test_alternate_turns_the_order_round() -> None:
-    order: list[str] = []
-    times = measure.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=0)
-    assert "".join(order) == "abbaab"
-    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
-
-
-def test_time_call_does_not_count_the_warmup() -> None:
-    calls: list[int] = []
-    assert len(measure.time_call(lambda: calls.append(1), repeat=4, warmup=2)) == 4
-    assert len(calls) == 6
-
-
-# ---------------------------------------------------------------- workers
-
-# A worker whose engine doubles its input; `run` may be replaced to fail in some way.
-_FAKE = """
-import os, signal, sys, time
-import numpy as np
-from gemmify.bench import peers, worker
-
-class Fake:
-    version = "1"
-    def __init__(self, path, threads):
-        print("libraries print what they like")
-        self.runs = 0
-    def run(self, inputs):
-        self.runs += 1
-        {body}
-        return [2 * inputs["x"]]
-    def profile(self, inputs, repeat):
-        return [("k", 0.5 * repeat)]
-
-peers.ENGINES["fake"] = (Fake, "numpy", "", ".onnx")
-worker.main()
-"""
-
-
-def _start(body: str = "pass", timeout: float = 30.0):  # noqa: ANN202
-    script = _FAKE.format(body=body)
-    return lambda name: WorkerProcess("fake", [sys.executable, "-c", script], timeout)
-
-
-def _loaded(tmp_path: Path, body: str = "pass", timeout: float = 30.0) -> WorkerProcess:
-    np.savez(tmp_path / "in.npz", x=np.ones(3, "float32"))
-    process = _start(body, timeout)("fake")
-    process.ask("load", engine="fake", model="none", threads=1, inputs=str(tmp_path / "in.npz"))
-    return process
-
-
-def test_worker_answers_its_requests(tmp_path: Path) -> None:
-    with _loaded(tmp_path) as process:
-        reply = process.ask("burst", runs=3, drop=2)
-        assert len(reply["seconds"]) == 3 and all(s >= 0 for s in reply["seconds"])
-        process.ask("outputs", path=str(tmp_path / "out.npz"))
-        with np.load(tmp_path / "out.npz") as data:
-            np.testing.assert_array_equal(data["arr_0"], np.full(3, 2, "float32"))
-        assert process.ask("profile", repeat=4)["kernels"] == [["k", 2.0]]
-
-
-def test_paused_worker_uses_no_cpu(tmp_path: Path) -> None:
-    spin = "import threading; threading.Thread(target=lambda: [None for _ in iter(int, 1)], daemon=True).start()"
-    with _loaded(tmp_path, spin) as process:
-        if not process._tethered:
-            pytest.skip("this system cannot tie a worker to its parent's life")
-        process.ask("burst", runs=1, drop=0)
-        process.pause()
-        time.sleep(0.5)
-        reply = process.ask("burst", runs=1, drop=0)
-        assert reply["idle"] >= 0.5
-        assert reply["idle_cpu"] < 0.5 * reply["idle"]
-
-
-@pytest.mark.parametrize(
-    ("body", "text"),
-    [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", r"engine fake: its process ended by SIGSEGV during 'burst'"),
-        ("print('out of luck', file=sys.stderr); os._exit(3)", r"ended with exit status 3.*it said: out of luck"),
-        ("raise ValueError('no such kernel')", r"engine fake failed in 'burst': ValueError: no such kernel"),
-        ("time.sleep(60)", r"no answer to 'burst' within 0.5 s"),
-    ],
-)
-def test_failing_worker_gives_one_clear_error(tmp_path: Path, body: str, text: str) -> None:
-    with _loaded(tmp_path, body) as process, pytest.raises(GemmifyError, match=text) as caught:
-        process._timeout = 0.5 if "sleep" in body else 30.0
-        process.ask("burst", runs=1, drop=0)
-    assert "\n" not in str(caught.value)
-    assert process._process.poll() is not None
-
-
-def test_worker_that_does_not_start_gives_one_clear_error() -> None:
-    with (
-        WorkerProcess("fake", [sys.executable, "-c", "raise SystemExit('bad installation')"]) as process,
-        pytest.raises(GemmifyError, match=r"ended with exit status 1 during 'load'; it said: bad installation"),
-    ):
-        process.ask("load")
-
-
-def test_reply_that_is_not_json_is_told() -> None:
-    with (
-        WorkerProcess("fake", [sys.executable, "-c", "input(); print('hello')"]) as process,
-        pytest.raises(GemmifyError, match="is not JSON: b'hello'"),
-    ):
-        process.ask("load")
-
-
-def test_worker_survives_bad_requests() -> None:
-    requests = io.StringIO('{"do": "burst", "runs": 1, "drop": 0}\n{"do": "nonsense"}\n{"do": "quit"}\n{"do": "late"}\n')
-    replies = io.StringIO()
-    worker.serve(requests, replies)
-    answers = [json.loads(line) for line in replies.getvalue().splitlines()]
-    assert len(answers) == 2
-    assert all("needs a loaded engine" in answer["error"] for answer in answers)
-
-
-def test_missing_and_unknown_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.ENGINES, "openvino", (peers.OpenVino, "no_such_module_here", "peers", ".onnx"))
-    with pytest.raises(InputError, match=r"'openvino' is not installed; try: pip install 'gemmify\[peers\]'"):
-        peers.check_peers(["openvino"])
-    with pytest.raises(InputError, match="unknown peer 'tflite'; choose from onnxruntime, openvino, torch"):
-        peers.check_peers(["tflite"])
-    monkeypatch.setitem(peers.ENGINES, "onnxruntime", (peers.OnnxRuntime, "json", "peers", ".onnx"))
-    with pytest.raises(InputError, match="named twice"):
-        peers.check_peers(["onnxruntime", "onnxruntime"])
-
-
-# ---------------------------------------------------------------- rounds
-
-
-def test_engines_take_turns_and_run_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "SETTLE_SECONDS", 0.0)
-    log: list[tuple[str, str]] = []
-
-    class Logged(WorkerProcess):
-        def ask(self, do: str, **fields: object) -> dict[str, object]:
-            log.append((self.name, do))
-            return super().ask(do, **{**fields, **({"engine": "fake"} if do == "load" else {})})
-
-    def start(name: str) -> WorkerProcess:
-        process = Logged("fake", [sys.executable, "-c", _FAKE.format(body="time.sleep(0.002)")])
-        process.name = name
-        return process
-
-    ticks: list[int] = []
-    found = rounds.measure_engines(
-        {"a": Path("a"), "b": Path("b")},
-        {"x": np.arange(3, dtype="float32")},
-        1,
-        repeat=7,
-        profile="a",
-        start=start,
-        between=lambda: ticks.append(1),
-    )
-    for name in "ab":
-        engine = found["engines"][name]
-        assert len(engine["times"]) == engine["runs"] == 7
-        assert engine["best"] <= engine["median"] <= engine["p90"]
-        np.testing.assert_array_equal(found["outputs"][name][0], 2 * np.arange(3, dtype="float32"))
-    assert found["kernels"] == [["k", 3.5]]
-    assert len(ticks) == 3
-    turns = "".join(name for name, do in log if do == "burst")[2:]  # the first two are the probes
-    assert turns.startswith("abbaab") and turns.count("a") == turns.count("b") >= 3
-    json.dumps(found["engines"], allow_nan=False)
-
-
-def test_a_dead_engine_ends_the_measurement_with_its_name() -> None:
-    start = _start("os._exit(5) if self.runs > 3 else None")
-    with pytest.raises(GemmifyError, match="engine fake: its process ended with exit status 5"):
-        rounds.measure_engines({"fake": Path("m")}, {"x": np.ones(2, "float32")}, 1, repeat=20, start=start)
-
-
-@pytest.mark.parametrize(("seconds", "repeat", "size"), [(1e-3, 1000, 150), (1e-3, 40, 8), (1.0, 40, 1), (1e-3, 1, 1)])
-def test_burst_size(seconds: float, repeat: int, size: int) -> None:
-    assert rounds.burst_size(seconds, repeat) == size
-
-
-def test_agreement() -> None:
-    a, b = [np.array([1.0, -4.0])], [np.array([1.1, -4.0])]
-    found = rounds.agreement(a, b, "peer")
-    assert found == {"max_abs": pytest.approx(0.1), "relative": pytest.approx(0.025)}
-    assert rounds.agreement(a, [np.array([np.nan, -4.0])], "peer") == {"max_abs": None, "relative": None}
-    with pytest.raises(GemmifyError, match=r"engine peer returns outputs of shapes \[\(3,\)\]"):
-        rounds.agreement(a, [np.zeros(3)], "peer")
-
-
-# ---------------------------------------------------------------- suites
 
 
 def test_layers_suite_holds_the_well_known_layers() -> None:
@@ -379,9 +96,6 @@ def test_suite_tells_why_a_lowering_does_not_apply() -> None:
         run_suite("layers", lowerings=["magic"])
 
 
-# ---------------------------------------------------------------- networks
-
-
 def _layer(name: str, op: str, kernels: list[str]) -> dict[str, object]:
     return {"name": name, "op": op, "kernels": kernels, "lowering": "x"}
 
@@ -399,12 +113,17 @@ def test_kernels_are_given_to_the_layers_that_wait_for_them() -> None:
     assert sum(row["share"] for row in rows) == pytest.approx(1.0)
     by_kind = {entry["kind"]: entry for entry in network.kinds(rows)}
     assert by_kind["conv"]["seconds"] == 1 + 2 + 4 + 5 and by_kind["conv"]["calls"] == 4
-    assert list(by_kind)[0] == "conv"
+    assert next(iter(by_kind)) == "conv"
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("fused_lrn_avg_pool", "lrn"), ("adaptive_avg_pool2d", "pooling"), ("concatenate", "concat"), ("reshape2", "other")],
+    [
+        ("fused_lrn_avg_pool", "lrn"),
+        ("adaptive_avg_pool2d", "pooling"),
+        ("concatenate", "concat"),
+        ("reshape2", "other"),
+    ],
 )
 def test_kernel_kind(name: str, kind: str) -> None:
     assert network.kernel_kind(name) == kind
@@ -436,11 +155,13 @@ def test_peers_get_fixed_shapes_and_constant_weights() -> None:
         network.fix_inputs(model, {"z": np.zeros(1)})
 
 
-def test_peers_that_cannot_read_the_model_are_told() -> None:
-    with pytest.raises(InputError, match=r"peer 'torch' reads \.pt2 files, and alexnet is not one"):
-        network._source(Path("alexnet.pt2").stem, ["torch"])
-    with pytest.raises(InputError, match=r"peer 'onnxruntime' reads \.onnx files, and net is not one"):
-        network._source("net.pt2", ["onnxruntime"])
+def test_peers_that_cannot_read_the_model_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.onnx"
+    onnx.save_model(_tiny_model(), str(path))
+    with pytest.raises(InputError, match=r"peer 'torch' reads \.pt2 files, and this model is not one"):
+        network._source(path, ["torch"], {"x": (1, 5, 9, 9)})
+    with pytest.raises(InputError, match=r"peer 'onnxruntime' reads \.onnx files, and this model is not one"):
+        network._source("net.pt2", ["onnxruntime"], None)
 
 
 def _measured(ours: float, peer: float, wrong: bool = False) -> dict[str, object]:
@@ -544,14 +265,4 @@ def test_a_model_is_run_by_a_fresh_process_and_agrees_with_a_peer(tmp_path: Path
 
 
 def _installed(module: str) -> bool:
-    import importlib.util
-
     return importlib.util.find_spec(module) is not None
-
-
-def test_worker_package_loads_no_compiler() -> None:
-    code = "import sys, gemmify.bench.worker; print(sorted({'tvm', 'onnx', 'rich'} & set(sys.modules)))"
-    import subprocess
-
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
-    assert found.stdout.strip() == "[]"

@@ -258,6 +258,7 @@ def test_inspect_counts_the_arithmetic(tiny, tiny_library, capfd):
         assert cli.main(["inspect", str(what), "--json", "-"]) == 0
         result = json.loads(capfd.readouterr().out)
         layers = {layer["name"]: layer for layer in result["layers"]}
+        assert list(layers) == ["stem", "fc"], "in the order in which they run"
         assert layers["stem"]["macs"] == 16 * 90 * 9 * 4 and layers["fc"]["macs"] == 16 * 5
         assert result["macs"] == layers["stem"]["macs"] + layers["fc"]["macs"]
         assert sum(layer["share"] for layer in layers.values()) == pytest.approx(1)

@@ -309,3 +309,12 @@ def test_errors_pass_through_a_pass_of_tvm_unchanged(kind, model):
 
     with pytest.raises(kind, match="the reason"):
         tvm.transform.Sequential([Failing()])(tvm.IRModule({}))
+
+
+def test_a_network_for_another_cpu_exports_but_does_not_run(tmp_path):
+    executable, manifest = standin.compiled()
+    other = gemmify.Model(replace(manifest, cpu_features=("avx1024f",)), executable=executable)
+    path = other.export(tmp_path / "net.so")
+    for run in (lambda: other(X), lambda: other.profile(), lambda: other.time(), lambda: gemmify.load(path)):
+        with refused(IncompatibleError, "lacks: avx1024f"):
+            run()

@@ -190,7 +190,7 @@ def big_library(tmp_path_factory) -> Path:
     from gemmify.runtime import Model
 
     executable, manifest = standin.compiled(256, 512)
-    return Model(executable.jit(), manifest, executable=executable).export(tmp_path_factory.mktemp("big") / "big.so")
+    return Model(manifest, executable=executable).export(tmp_path_factory.mktemp("big") / "big.so")
 
 
 @pytest.mark.skipif(len(host.allowed_cpus()) < 2 or host.physical_cores() < 2, reason="needs two cores")

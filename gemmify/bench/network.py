@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,9 @@ from gemmify.bench.header import header
 from gemmify.bench.peers import ENGINES, OURS, check_peers
 from gemmify.bench.rounds import agreement, measure_engines
 from gemmify.errors import InputError
+from gemmify.frontend import import_model
 from gemmify.runtime import random_inputs
 from gemmify.threads import check_threads, default_threads
-from gemmify.verify import onnx_model
-from gemmify.zoo import ZOO, build
 
 DEFAULT_REPEAT = 40
 TOLERANCE = 1e-3
@@ -55,7 +55,7 @@ def run_model(
     """
     check_peers(peers)
     threads = default_threads() if threads is None else check_threads(threads)
-    name, source = _source(model, peers)
+    source = _source(model, peers, shapes)
     result = header("model", threads, target)
     peaks: list[float] = []
     with tempfile.TemporaryDirectory(prefix="gemmify-bench-") as folder:
@@ -77,7 +77,7 @@ def run_model(
     result["bandwidth"] = {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
     result["peak"] = {"gflops": max(peaks), "samples": peaks}
     result["model"] = {
-        "name": name,
+        "name": compiled.manifest.model,
         "macs": macs,
         "layers": len(layers),
         "inputs": {spec.name: list(spec.shape) for spec in compiled.inputs},
@@ -105,38 +105,33 @@ def compare_engines(found: Mapping[str, Any], macs: int, peak: float) -> dict[st
     return engines
 
 
-def _source(model: Any, peers: Sequence[str]) -> tuple[str, Any]:
-    """The model's name, and what the peers read: an ONNX ModelProto or the path of a `.pt2` file."""
-    name = Path(model).stem if not hasattr(model, "graph") else str(model.graph.name or "model")
+def _source(model: Any, peers: Sequence[str], shapes: Mapping[str, Sequence[int]] | None) -> Any:
+    """What the peers read: an ONNX ModelProto, or the path of a `.pt2` file; None without peers."""
     if not peers:
-        return name, None
-    if Path(str(model)).suffix == ".pt2":
+        return None
+    if isinstance(model, str | os.PathLike) and Path(model).suffix.lower() == ".pt2":
         source: Any = Path(model)
-    elif isinstance(model, str) and model in ZOO:
-        source = build(model)
     else:
-        source = onnx_model(model)
-    ending = ".pt2" if isinstance(source, Path) else ".onnx" if source is not None else "none"
+        source = import_model(model, shapes).source
+    ending = ".pt2" if isinstance(source, Path) else ".onnx" if source is not None else ""
     for peer in peers:
         if ENGINES[peer][3] != ending:
             raise InputError(
-                f"peer {peer!r} reads {ENGINES[peer][3]} files, and {name} is not one: "
+                f"peer {peer!r} reads {ENGINES[peer][3]} files, and this model is not one: "
                 "give an ONNX file or a zoo name for onnxruntime and openvino, a .pt2 file for torch"
             )
-    return name, source
+    return source
 
 
 def _peer_file(source: Any, inputs: Mapping[str, np.ndarray], folder: Path) -> Path:
-    """Write the model for the peers, its input shapes fixed to those of `inputs`."""
+    """The file that the peers load, its input shapes fixed to those of `inputs`."""
     if isinstance(source, Path):
         return source
     import onnx
 
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(source)
-    fix_inputs(fixed, inputs)
+    fix_inputs(source, inputs)
     path = folder / "model.onnx"
-    onnx.save_model(fixed, str(path), save_as_external_data=fixed.ByteSize() > 1 << 30, location="weights.bin")
+    onnx.save_model(source, str(path), save_as_external_data=source.ByteSize() > 1 << 30, location="weights.bin")
     return path
 
 

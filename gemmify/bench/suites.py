@@ -24,6 +24,7 @@ from schedules import Machine, TargetError, parse_target
 EPILOGUE = (EpilogueOp("bias", 0), EpilogueOp("relu"))  # what follows a layer in the networks
 DEFAULT_REPEAT = 15
 MIN_SECONDS = 0.03  # a layer of microseconds is run more often than asked, until its best time is steady
+MAX_SECONDS = 3.0  # and one of seconds (the definition itself) less often
 
 
 def run_suite(
@@ -66,8 +67,8 @@ def run_suite(
                 _compare(row, problem, max(samples[-2:]))
             rows.append(row)
     result.update(suite=suite, peak={"gflops": max(samples), "samples": samples}, rows=rows)
-    timed = [row for row in rows if "best" in row]
-    result["geomean"] = {key: measure.geomean([row["peak_share"] for row in timed if row["asked"] == key]) for key in keys}
+    shares = {key: [row["peak_share"] for row in rows if row["asked"] == key and "best" in row] for key in keys}
+    result["geomean"] = {key: measure.geomean(values) for key, values in shares.items()}
     return result
 
 
@@ -115,8 +116,9 @@ def _times(kernel: LayerKernel, problem: Problem, repeat: int) -> list[float]:
 
     data = draw(activation_shape(problem, kernel.kernels.lowering.layout))
     kernel.bind(data, draw(weight_shape(problem)), [draw((problem.m,))])
-    once = min(kernel.time(repeat=2, warmup=1))
-    return kernel.time(repeat=max(repeat, min(2000, math.ceil(MIN_SECONDS / max(once, 1e-7)))))
+    once = max(min(kernel.time(repeat=1, warmup=0)), 1e-7)
+    runs = max(repeat, min(2000, math.ceil(MIN_SECONDS / once)))
+    return kernel.time(repeat=max(1, min(runs, math.ceil(MAX_SECONDS / once))), warmup=1)
 
 
 def _compare(row: dict[str, Any], problem: Problem, peak: float) -> None:

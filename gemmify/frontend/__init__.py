@@ -32,7 +32,9 @@ def import_model(model: Any, shapes: Shapes | None = None) -> ImportedModel:
 
         return _import_proto(parse_onnx(bytes(model), "the model's data"), "model", shapes)
     if _is_model_proto(model):
-        return _import_proto(model, model.graph.name or "model", shapes)
+        copy = type(model)()
+        copy.CopyFrom(model)  # the caller's stays as it is
+        return _import_proto(copy, model.graph.name or "model", shapes)
     return _import_object(model, shapes)
 
 

@@ -1,7 +1,7 @@
 """Converters of ONNX operators that replace TVM's own, with what its versions lack.
 
 * Layers (Conv, ConvTranspose, Gemm, MatMul) are emitted under a marker by which their binding is found and named later,
-  and their constants are folded: a Gemm becomes one `matmul` with a [c, m] constant, whatever alpha and transB say.
+  and a constant bias is reshaped at once.
 * Clip becomes `relax.clip` (TVM emits anonymous kernels, which no epilogue pass recognises).
 * LRN of even size and of other dtypes than float32; legacy Softmax without needless reshapes; Sum, Min, Max and Mean as
   chains of binary operators instead of a stack and a reduction.
@@ -38,7 +38,12 @@ def value_of(expr: Expr) -> np.ndarray | None:
 
 def constant(values: np.ndarray) -> Expr:
     """A Relax constant of exactly the array's dtype (`relax.const` alone narrows float64 and int64)."""
-    return relax.const(tvm.runtime.tensor(np.ascontiguousarray(values)))
+    tensor = tvm.runtime.empty(values.shape, str(values.dtype))
+    if values.size and values.dtype.kind in "fiu":
+        np.from_dlpack(tensor)[...] = values  # one copy, of a transposed view too
+    else:  # bool and the types that numpy only borrows travel no other way
+        tensor.copyfrom(np.asarray(values, order="C"))
+    return relax.const(tensor)
 
 
 def _dims(expr: Expr) -> list[int]:
@@ -79,28 +84,18 @@ def matmul(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
 
 
 def gemm(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
-    """`Y = alpha A B + beta C`, A and B transposed as asked, with all that is constant folded into B and C."""
+    """`Y = alpha A B + beta C`, A and B transposed as asked; constants have taken up their factors by now."""
     a, b, c = inputs[0], inputs[1], inputs[2]
     alpha, beta = attrs.get("alpha", 1.0), attrs.get("beta", 1.0)
-    dtype = a.ty.dtype.dtype if hasattr(a.ty.dtype, "dtype") else a.ty.dtype
-    if attrs.get("transA", 0):
-        a = ctx.bb.emit(relax.op.permute_dims(a, [1, 0]))
-    values = value_of(b)
-    if values is not None:
-        values = values.T if attrs.get("transB", 0) else values
-        b = constant(values if alpha == 1.0 else (values * alpha).astype(values.dtype))
-    elif attrs.get("transB", 0):
-        b = ctx.bb.emit(relax.op.permute_dims(b, [1, 0]))
+    a = ctx.bb.emit(relax.op.permute_dims(a, [1, 0])) if attrs.get("transA", 0) else a
+    b = ctx.bb.emit(relax.op.permute_dims(b, [1, 0])) if attrs.get("transB", 0) else b
     out = ctx.layer(relax.op.matmul(a, b))
-    if alpha != 1.0 and values is None:
-        out = ctx.bb.emit(relax.op.multiply(out, relax.const(alpha, dtype)))
+    if alpha != 1.0:
+        out = ctx.bb.emit(relax.op.multiply(out, relax.const(alpha, out.ty.dtype)))
     if c is None or beta == 0.0:
         return out
-    shift = value_of(c)
-    if shift is not None:
-        c = constant(shift if beta == 1.0 else (shift * beta).astype(shift.dtype))
-    elif beta != 1.0:
-        c = ctx.bb.emit(relax.op.multiply(c, relax.const(beta, dtype)))
+    if beta != 1.0:
+        c = ctx.bb.emit(relax.op.multiply(c, relax.const(beta, out.ty.dtype)))
     return relax.op.add(out, c)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -17,12 +18,16 @@ from gemmify.frontend.load import first_line
 # Constants above this many elements cannot be a shape, a pad or an axis: shape inference need not see them.
 _SMALL = 1024
 
+# Types whose raw bytes can be taken as they are: onnx's own conversion copies them once more.
+_PLAIN = {onnx.TensorProto.FLOAT: np.dtype("float32"), onnx.TensorProto.DOUBLE: np.dtype("float64")}
+
 
 @dataclass
 class Graph:
     """A graph being prepared for import. Nodes are in topological order and have unique names.
 
-    `types` maps a value's name to its (shape, dtype) as far as shape inference knows them.
+    `output_types` are the outputs' ONNX element types as declared; `types` maps a value's name to its (shape, element
+    type) as far as shape inference knows them.
     """
 
     nodes: list[onnx.NodeProto]
@@ -30,6 +35,7 @@ class Graph:
     inputs: list[TensorSpec]
     outputs: list[str]
     opsets: dict[str, int]
+    output_types: dict[str, int]
     types: dict[str, tuple[tuple[int, ...] | None, int]] = field(default_factory=dict)
 
     @property
@@ -78,7 +84,7 @@ class Graph:
         inputs += [info(n, v.dtype, v.shape) for n, v in self.constants.items() if n not in small]
         outputs = [onnx.ValueInfoProto(name=name) for name in self.outputs]
         for output in outputs:
-            output.type.tensor_type.elem_type = self.types.get(output.name, (None, 0))[1]
+            output.type.tensor_type.elem_type = self.output_types[output.name]
         graph = helper.make_graph(self.nodes, "light", inputs, outputs)
         graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in small.items())
         opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
@@ -146,8 +152,8 @@ def to_graph(model: onnx.ModelProto, inputs: list[TensorSpec]) -> Graph:
         names.add(node.name)
         nodes.append(node)
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
-    types = {o.name: (None, o.type.tensor_type.elem_type) for o in proto.output}
-    return Graph(nodes, constants, inputs, [o.name for o in proto.output], opsets, dict(types))
+    types = {o.name: o.type.tensor_type.elem_type for o in proto.output}
+    return Graph(nodes, constants, inputs, list(types), opsets, types)
 
 
 def _array(tensor: onnx.TensorProto) -> np.ndarray:
@@ -156,6 +162,8 @@ def _array(tensor: onnx.TensorProto) -> np.ndarray:
     if tensor.data_type == onnx.TensorProto.STRING:
         raise UnsupportedError(f"the constant {tensor.name!r} holds strings, which cannot be compiled")
     try:
+        if tensor.data_type in _PLAIN and tensor.HasField("raw_data") and sys.byteorder == "little":
+            return np.frombuffer(tensor.raw_data, _PLAIN[tensor.data_type]).reshape(tuple(tensor.dims))
         return numpy_helper.to_array(tensor)
     except Exception as error:  # ValueError, or onnx's own TypeError for an unknown data type
         want = prod(tensor.dims)

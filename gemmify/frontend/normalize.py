@@ -17,7 +17,7 @@ from gemmify.errors import UnsupportedError
 from gemmify.frontend.graph import Graph, attributes, set_attributes, used_names
 from gemmify.frontend.windows import resolve_conv, resolve_conv_transpose, resolve_pool
 
-Rule = Callable[[Graph, onnx.NodeProto], "list[onnx.NodeProto] | None"]
+Rule = Callable[[Graph, onnx.NodeProto], Any]  # gives the nodes to put before this one, or None
 
 
 def refuse(node: onnx.NodeProto, what: str) -> UnsupportedError:
@@ -26,7 +26,7 @@ def refuse(node: onnx.NodeProto, what: str) -> UnsupportedError:
 
 
 def simplify(graph: Graph) -> None:
-    """Rules that need no shapes: drop Dropout, Identity and empty attributes, give old opsets their new form."""
+    """Rules that need no shapes: drop Dropout, Identity and empty attributes, fold the factors of Gemm."""
     used = set(graph.outputs).union(*(used_names(n) for n in graph.nodes))
     for node in graph.nodes:
         empty = [a.name for a in node.attribute if a.type == onnx.AttributeProto.INTS and not a.ints]
@@ -39,7 +39,7 @@ def simplify(graph: Graph) -> None:
 
 
 def resolve(graph: Graph) -> None:
-    """Rules that need the shapes of `graph.types`: padding by number, sizes of Resize."""
+    """Rules that need the shapes of `graph.types` (padding by number, sizes of Resize), and those for old opsets."""
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
         rule = _LATE.get(node.op_type) if node.domain == "" else None
@@ -86,6 +86,21 @@ def _batch_norm(graph: Graph, node: onnx.NodeProto) -> None:
     set_attributes(node, spatial=None, momentum=None)
 
 
+def _gemm(graph: Graph, node: onnx.NodeProto) -> None:
+    """A constant B becomes [c, m] with alpha in it, a constant C takes up beta: what is left is `A B + C`."""
+    values: dict[str, Any] = attributes(node)
+    b = graph.constants.get(node.input[1])
+    if b is not None and (values.get("transB") or values.get("alpha", 1.0) != 1.0):
+        b = b.T if values.get("transB") else b  # a view: the copy is made once, when the constant is
+        b = b if values.get("alpha", 1.0) == 1.0 else (b * values["alpha"]).astype(b.dtype)
+        node.input[1] = graph.add_constant(f"{node.input[1]}_folded", b)
+        set_attributes(node, transB=None, alpha=None)
+    c = graph.constants.get(node.input[2]) if len(node.input) > 2 else None
+    if c is not None and values.get("beta", 1.0) not in (0.0, 1.0):
+        node.input[2] = graph.add_constant(f"{node.input[2]}_folded", (c * values["beta"]).astype(c.dtype))
+        set_attributes(node, beta=None)
+
+
 def _slice(graph: Graph, node: onnx.NodeProto) -> None:
     """Opset 1's attributes become opset 10's inputs."""
     values: dict[str, Any] = attributes(node)
@@ -106,8 +121,6 @@ def _top_k(graph: Graph, node: onnx.NodeProto) -> None:
 def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
     """Upsample (opset 7: scales as attribute, 9: as input) and Resize of opset 10 are Resize without half pixels."""
     values: dict[str, Any] = attributes(node)
-    if node.op_type == "Resize" and graph.opset > 10:
-        return
     if "scales" in values:
         node.input.append(graph.add_constant(f"{node.name}_scales", np.array(values["scales"], np.float32)))
     x, scales = node.input[:2]
@@ -121,6 +134,8 @@ def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
 
 def _resize(graph: Graph, node: onnx.NodeProto) -> None:
     """Every Resize gets constant `sizes` of full rank; TVM derives the scales from them, so they must agree."""
+    if node.op_type == "Upsample" or graph.opset <= 10:
+        _upsample(graph, node)
     values: dict[str, Any] = attributes(node)
     if values.get("antialias") or values.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise refuse(node, "with antialias or keep_aspect_ratio_policy")
@@ -145,16 +160,17 @@ def _resize(graph: Graph, node: onnx.NodeProto) -> None:
 _EARLY: dict[str, Callable[[Graph, onnx.NodeProto], None]] = {
     "Dropout": _dropout,
     "BatchNormalization": _batch_norm,
-    "Slice": _slice,
-    "TopK": _top_k,
-    "Upsample": _upsample,
-    "Resize": _upsample,
+    "Gemm": _gemm,
 }
+# Late also where a rule makes a form that the graph's opset does not know: shape inference must not meet it.
 _LATE: dict[str, Rule] = {
     "Conv": resolve_conv,
     "ConvTranspose": resolve_conv_transpose,
     "MaxPool": resolve_pool,
     "AveragePool": resolve_pool,
     "LpPool": resolve_pool,
-    "Resize": lambda graph, node: _resize(graph, node),
+    "Slice": _slice,
+    "TopK": _top_k,
+    "Upsample": _resize,
+    "Resize": _resize,
 }

@@ -25,14 +25,12 @@ from gemmify.frontend.shapes import declared, fix_inputs, real_inputs, warn_weig
 _ROUNDS = 20  # folding and shape inference feed each other; every round folds a node or ends the loop
 
 
-def import_onnx(model: onnx.ModelProto, name: str, shapes: Mapping[str, Sequence[int]] | None) -> ImportedModel:
-    """Import a ModelProto, which is left as it is.
+def import_onnx(source: onnx.ModelProto, name: str, shapes: Mapping[str, Sequence[int]] | None) -> ImportedModel:
+    """Import a ModelProto; the shapes of its inputs are written into `source`.
 
     Raises InputError for a model that is not valid or whose shapes stay open, UnsupportedError for operators (or forms
     of them) that cannot be imported; warns (GemmifyWarning) of weights that hold NaN or infinity.
     """
-    source = onnx.ModelProto()
-    source.CopyFrom(model)
     unsupported.check_opsets(source)
     if not source.graph.output:
         raise InputError("the model has no outputs, so there is nothing to compute")
@@ -54,8 +52,11 @@ def import_onnx(model: onnx.ModelProto, name: str, shapes: Mapping[str, Sequence
 
 
 def _check(graph: Graph) -> None:
+    model = graph.light_model()
+    for output in model.graph.output:
+        output.type.tensor_type.shape.SetInParent()  # the checker wants the field, whatever it says
     try:
-        onnx.checker.check_model(graph.light_model())
+        onnx.checker.check_model(model)
     except Exception as error:  # ValidationError, or what its C++ side lets through
         raise InputError(f"the model is not valid ONNX: {first_line(error)}") from None
 
@@ -73,6 +74,18 @@ def prepare(graph: Graph) -> None:
     graph.prune()
 
 
+class _Values(dict[str, Any]):
+    """The importer's table of values, in which a constant becomes a Relax constant when it is first read."""
+
+    def __init__(self, constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.constants = constants
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = constant(self.constants[name])
+        return self[name]
+
+
 class _Importer(ONNXGraphImporter):
     """TVM's importer on a prepared `Graph`: constants go in as arrays, and `CONVERTERS` replace its own."""
 
@@ -82,7 +95,7 @@ class _Importer(ONNXGraphImporter):
         self.layer_names: dict[str, str] = {}  # marker -> ONNX node name
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
-        self._nodes.update((name, constant(values)) for name, values in self.prepared.constants.items())
+        self._nodes = _Values(self.prepared.constants)
 
     def _convert_operator(self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int) -> Any:
         node = attrs["tvm_custom"]["name"]
@@ -110,7 +123,11 @@ def _import(graph: Graph) -> tvm.IRModule:
     importer = _Importer(graph)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints beside raising
         warnings.simplefilter("ignore")
-        mod = importer.from_onnx(proto, graph.opset)
+        try:
+            mod = importer.from_onnx(proto, graph.opset)
+        except Exception:
+            importer.bb._end_block()  # the builder would complain on stderr of the block left open
+            raise
     passes = [relax.transform.DeadCodeElimination(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()]
     mod = tvm.transform.Sequential(passes)(mod)
     relax_module.check_static(mod)

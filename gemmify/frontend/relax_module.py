@@ -39,8 +39,8 @@ def _bind_shapes(mod: tvm.IRModule, shapes: Mapping[str, Sequence[int]]) -> tvm.
         if name not in params:
             raise InputError(f"a shape was given for {name!r}, which is not an input of the model "
                              f"(its inputs: {', '.join(params) or 'none'})")
-        dims = list(params[name].ty.shape or [])
-        if len(dims) != len(shape) or any(isinstance(d, tvm.tirx.IntImm) and int(d) != s for d, s in zip(dims, shape, strict=False)):
+        dims = _dims(params[name])
+        if len(dims) != len(shape) or any(isinstance(d, int) and d != s for d, s in zip(dims, shape, strict=False)):
             raise InputError(f"input {name!r} has the shape {show(dims)}, which the shape given, {show(shape)}, contradicts")
         bound.update({d: int(s) for d, s in zip(dims, shape, strict=True) if isinstance(d, tvm.tirx.Var)})
     return relax.transform.BindSymbolicVars(bound, "main")(mod) if bound else mod
@@ -52,10 +52,10 @@ def input_specs(mod: tvm.IRModule) -> tuple[TensorSpec, ...]:
     for p in params:
         if not isinstance(p.ty, relax.TensorType):
             raise UnsupportedError(f"input {p.name!r} of the module is not a tensor, which is all that can be compiled")
-    still = {p.name: list(p.ty.shape or []) for p in params if not _static(p.ty)}
+    still = {p.name: _dims(p) for p in params if not _static(p.ty)}
     if still:
         listed = "; ".join(f"{name} is {show(dims)}" for name, dims in still.items())
-        options = " ".join(f"--shape {name}={','.join(str(d) if isinstance(d, tvm.tirx.IntImm) else '1' for d in dims)}"
+        options = " ".join(f"--shape {name}={','.join(str(d) if isinstance(d, int) else '1' for d in dims)}"
                            for name, dims in still.items())
         raise InputError(f"the model leaves input shapes open, and compiling needs every size: {listed}; pass for example {options}")
     return tuple(_spec(p.name, p.ty) for p in params)
@@ -83,6 +83,11 @@ def check_static(mod: tvm.IRModule) -> None:
                 if isinstance(part, relax.TensorType) and not _static(part):
                     raise UnsupportedError(f"the value {binding.var.name!r} ({binding.value.op if hasattr(binding.value, 'op') else 'value'}) "
                                            "has a size known only at run time, and compiling needs every size")
+
+
+def _dims(param: Any) -> list[Any]:
+    """A parameter's dimensions: whole numbers, and expressions where they are symbolic."""
+    return [int(d) if isinstance(d, tvm.tirx.IntImm) else d for d in param.ty.shape or []]
 
 
 def _static(ty: Any) -> bool:

@@ -9,6 +9,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from gemmify.errors import InputError
+from gemmify.frontend.load import first_line
 
 NAME = "tensor_expression"
 
@@ -25,8 +26,10 @@ def from_tensors(args: Sequence[te.Tensor]) -> tvm.IRModule:
                          f"[A, B, C] with C computed, got {[t.op.name for t in args]}")
     try:
         return from_prim_func(te.create_prim_func(list(args)))
-    except tvm.error.TVMError as error:
-        raise InputError(f"the tensor expression cannot be turned into a function: {str(error).splitlines()[-1].strip()}") from None
+    except InputError:
+        raise
+    except Exception as error:  # TVM raises its InternalError, ValueError or an assertion
+        raise InputError(f"the tensor expression cannot be turned into a function: {first_line(error)}") from None
 
 
 def from_prim_func(func: tirx.PrimFunc) -> tvm.IRModule:
@@ -36,11 +39,11 @@ def from_prim_func(func: tirx.PrimFunc) -> tvm.IRModule:
     """
     buffers = []
     for param in func.params:
-        if param not in func.buffer_map:
+        if not isinstance(param, tirx.Buffer):
             raise InputError(f"the function takes {param.name!r}, which is not a buffer; only buffers can be passed")
-        buffers.append(func.buffer_map[param])
+        buffers.append(param)
     written = _written(func)
-    outputs = [b for b in buffers if b in written]
+    outputs = [b for b in buffers if any(b.same_as(w) for w in written)]
     if not outputs or list(buffers[len(buffers) - len(outputs) :]) != outputs or len(outputs) == len(buffers):
         raise InputError("the function must read its first buffers and write its last ones; "
                          f"it takes {[b.name for b in buffers]} and writes {[b.name for b in outputs]}")
@@ -65,12 +68,12 @@ def _type(buffer: tirx.Buffer) -> relax.TensorType:
     return relax.TensorType([int(d) for d in buffer.shape], str(buffer.dtype))
 
 
-def _written(func: tirx.PrimFunc) -> set[Any]:
-    found = set()
+def _written(func: tirx.PrimFunc) -> list[Any]:
+    found: list[Any] = []
 
     def visit(node: Any) -> None:
         if isinstance(node, tirx.BufferStore):
-            found.add(node.buffer)
+            found.append(node.buffer)
 
     tirx.stmt_functor.post_order_visit(func.body, visit)
     return found

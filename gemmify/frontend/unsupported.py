@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx
+import onnx.inliner
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from gemmify.errors import InputError, UnsupportedError

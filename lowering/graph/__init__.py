@@ -9,8 +9,8 @@ import tvm
 
 from .canonicalize import Canonicalize
 from .epilogue import LayerSite, describe_layer
-from .gather_epilogues import LAYER_ATTR, GatherEpilogues
 from .fold_batch_norm import FoldBatchNorm
+from .gather_epilogues import LAYER_ATTR, GatherEpilogues
 from .layout import ConvertLayout
 
 PASSES = (Canonicalize, FoldBatchNorm, ConvertLayout, GatherEpilogues)

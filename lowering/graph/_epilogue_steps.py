@@ -13,8 +13,8 @@ UNARY = {"nn.relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh", "nn.silu": "si
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """An epilogue operation of `lowering.epilogue.KINDS`: the variables that it consists of (the last is its result) and
-    what it reads beside the layer's value: a vector by channel, or a variable."""
+    """An epilogue operation of `lowering.epilogue.KINDS`: the variables that it consists of (the last is its result),
+    and what it reads beside the layer's value: a vector by channel, or a variable."""
 
     kind: str
     values: tuple[Expr, ...]
@@ -61,8 +61,8 @@ def _affine(value: Expr) -> tuple[float, float] | None:
 
 
 def _hardswish(graph: Graph, var: Expr) -> Step | None:
-    """`var * gate(var)`, where the gate is `r clip(p x + q, low, high) + t` and comes to `c clip(a x + b, 0, 1)`; `c` must
-    be 1, or be cancelled by a factor directly behind."""
+    """`var * gate(var)`, where the gate is `r clip(p x + q, low, high) + t` and comes to `c clip(a x + b, 0, 1)`; `c`
+    must be 1, or be cancelled by a factor directly behind."""
     users = graph.users.get(var, [])
     if len(users) != 2 or graph.is_output(var) or users[0].same_as(users[1]):
         return None

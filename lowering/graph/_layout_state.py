@@ -17,8 +17,8 @@ Perm = tuple[int, ...]
 class Stored:
     """A value of the new function: axis `i` of `expr` is axis `perm[i]` of the value that the source means.
 
-    `flat = (C, S)` marks a matrix `[N, C S]` of the source (a flattened image) that is stored as `[N, S C]`. For tuples,
-    `perm` holds for every field.
+    `flat = (C, S)` marks a matrix `[N, C S]` of the source (a flattened image) that is stored as `[N, S C]`. For
+    tuples, `perm` holds for every field.
     """
 
     expr: Expr
@@ -100,7 +100,7 @@ class LayoutState:
         if len(shape) == rank:
             return self.convert(expr, perm)
         if len(shape) == 0 or all(d == 1 for d in shape):
-            return self.emitter.reshape(self.plain(expr), ())  if is_const(expr) else self.plain(expr)
+            return self.emitter.reshape(self.plain(expr), ()) if is_const(expr) else self.plain(expr)
         widened = self.emitter.reshape(self.plain(expr), (1,) * (rank - len(shape)) + shape)
         return self.emitter.permute(widened, perm)
 

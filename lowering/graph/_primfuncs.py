@@ -1,4 +1,4 @@
-"""PrimFuncs that TVM's ONNX importer writes where Relax has an operator: bounds and constant pads, back to the operator.
+"""PrimFuncs that TVM's ONNX importer writes where Relax has an operator (bounds, constant pads), back to operators.
 
 Nothing is decided by a function's name. What a function seems to do is read off its only store; then the importer's
 own expression for that is built again, and the two must be structurally equal.
@@ -7,6 +7,7 @@ own expression for that is built again, and the two must be structurally equal.
 from __future__ import annotations
 
 import tvm
+import tvm_ffi
 from tvm import relax, tirx, topi
 from tvm.relax import op
 
@@ -18,13 +19,15 @@ def as_operator(mod: tvm.IRModule, call: Expr) -> Expr | None:
     if op_name(call) != "call_tir" or not is_tensor(call):
         return None
     func, arguments = mod[call.args[0]], list(call.args[1].fields)
-    stores: list[tirx.BufferStore] = []
-    tirx.stmt_functor.post_order_visit(
-        func.body, lambda node: stores.append(node) if isinstance(node, tirx.BufferStore) else None
-    )
-    if len(stores) != 1 or not arguments or not is_tensor(arguments[0]):
+    store = func.body
+    while not isinstance(store, tirx.BufferStore):
+        inner = getattr(store, "block", None)
+        store = getattr(store, "body", None) if inner is None else inner
+        if store is None:
+            return None
+    if not arguments or not is_tensor(arguments[0]):
         return None
-    value = stores[0].value
+    value = store.value
     if isinstance(value, tirx.Max | tirx.Min):
         return _bound(func, value, arguments)
     return _pad(func, value, arguments, shape_of(call)) if len(arguments) == 1 else None
@@ -34,7 +37,7 @@ def _matches(func: tirx.PrimFunc, te_func: object, *args: object) -> bool:
     """Whether the importer would have written `func` for `te_func(*args)`."""
     builder = relax.BlockBuilder()
     call = builder.call_te(te_func, *args)
-    return tvm.ir.structural_equal(builder.get()[call.args[0]].body, func.body, map_free_vars=True)
+    return tvm_ffi.structural_equal(builder.get()[call.args[0]].body, func.body, map_free_vars=True)
 
 
 def _bound(func: tirx.PrimFunc, value: Expr, arguments: list[Expr]) -> Expr | None:
@@ -50,22 +53,13 @@ def _bound(func: tirx.PrimFunc, value: Expr, arguments: list[Expr]) -> Expr | No
 
 
 def _pad(func: tirx.PrimFunc, value: Expr, arguments: list[Expr], out: tuple[int, ...]) -> Expr | None:
-    loads: list[tirx.BufferLoad] = []
-    tirx.stmt_functor.post_order_visit(
-        value, lambda node: loads.append(node) if isinstance(node, tirx.BufferLoad) else None
-    )
-    fill = value.args[2] if isinstance(value, relax.Call) and len(value.args) == 3 else None
-    if len(loads) != 1 or not isinstance(fill, tirx.FloatImm):
+    if not isinstance(value, relax.Call) or len(value.args) != 3:
+        return None
+    _, load, fill = value.args
+    if not hasattr(load, "indices") or not isinstance(fill, tirx.FloatImm):
         return None
     x = arguments[0]
-    analyzer = tvm.arith.Analyzer()
-    before = []
-    for index in loads[0].indices:
-        variables = tirx.analysis.undefined_vars(index)
-        offset = analyzer.simplify(variables[0] - index) if len(variables) == 1 else None
-        if not isinstance(offset, tirx.IntImm):
-            return None
-        before.append(int(offset))
+    before = [int(i.b.value) if isinstance(i, tirx.Sub) and isinstance(i.b, tirx.IntImm) else 0 for i in load.indices]
     after = [o - i - b for o, i, b in zip(out, shape_of(x), before, strict=True)]
     if min(before + after) < 0 or not _matches(func, topi.nn.pad, x, before, after, float(fill.value)):
         return None

@@ -1,7 +1,7 @@
 """What the graph passes share: a read view of a straight-line Relax function and an emitter of a new one.
 
-A pass walks the bindings of `main` in order, maps each old variable to a new expression, and `finish` drops what nobody
-reads. The names of the variables survive: the name of a layer is the name of the variable that its operator is bound to.
+A pass walks the bindings of `main` in order, maps each old variable to a new expression, and `finish` drops what
+nobody reads. The variables' names survive: a layer is called as the variable that its operator is bound to.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def scalar_of(expr: Expr) -> float | None:
 
 
 def channel_vector(const: Expr, shape: Sequence[int], axis: int) -> np.ndarray | None:
-    """`const` as one float64 value a channel, where broadcasting it against a tensor of `shape` varies along `axis` only.
+    """`const` as one float64 value a channel, where it varies along `axis` only when broadcast to `shape`.
 
     None where it is no constant, varies along another axis, or would enlarge the tensor.
     """
@@ -104,9 +104,9 @@ def int_list(values: Any) -> list[int]:
 class Graph:
     """A read view of a function whose body is a straight line of bindings.
 
-    `bindings` are (variable, value) in order, `defs` maps a variable to its value, `users` to the variables whose values
-    read it, `outputs` are the returned expressions (`multiple` when they are returned as a tuple). Raises ValueError for
-    control flow and for run-time shape matches, which no pass here understands.
+    `bindings` are (variable, value) in order, `defs` maps a variable to its value, `users` to the variables whose
+    values read it, `outputs` are the returned expressions (`multiple` when they are returned as a tuple). Raises
+    ValueError for control flow and for run-time shape matches, which no pass here understands.
     """
 
     def __init__(self, func: relax.Function) -> None:
@@ -117,8 +117,8 @@ class Graph:
             for binding in block.bindings:
                 if not isinstance(binding, relax.VarBinding) or isinstance(binding.value, relax.If):
                     raise ValueError(
-                        f"the graph passes need a straight line of static operators, but {binding.var.name} is bound to "
-                        f"a {type(binding).__name__} of {type(binding.value).__name__}; export the model with "
+                        f"the graph passes need a straight line of static operators, but {binding.var.name} is bound "
+                        f"to a {type(binding).__name__} of {type(binding.value).__name__}; export the model with "
                         "static shapes and without control flow"
                     )
                 self.bindings.append((binding.var, binding.value))
@@ -200,7 +200,7 @@ class Emitter:
         return self._builder.normalize(substitute(value, self.lookup))
 
     def emit(self, value: Expr, name: str = "t") -> Expr:
-        """Bind `value` to a new variable called `name`, its type inferred; variables and constants come back as they are."""
+        """Bind `value` to a new variable called `name`, its type inferred; variables and constants stay as they are."""
         value = self._builder.normalize(value)
         if is_var(value) or is_const(value):
             return value
@@ -210,7 +210,7 @@ class Emitter:
         return var
 
     def default(self, var: Expr, value: Expr) -> Expr:
-        """`value` of an old binding of `var` with its variables replaced, bound under the old name; tuples stay unbound."""
+        """The old binding of `var` to `value` with its variables replaced, under its old name; tuples stay unbound."""
         value = substitute(value, self.lookup)
         if isinstance(value, relax.TupleGetItem) and isinstance(value.tuple_value, relax.Tuple):
             return value.tuple_value.fields[value.index]
@@ -226,21 +226,21 @@ class Emitter:
         return expr if shape_of(expr) == shape else self.emit(relax.op.reshape(expr, shape), name)
 
     def permute(self, expr: Expr, axes: Sequence[int], name: str = "t") -> Expr:
-        """`expr` with its axes permuted: free for constants, a reshape where only axes of size 1 move, never two in a row."""
+        """`expr` with its axes permuted: free for constants, a reshape where only axes of size 1 move, never twice."""
         axes = tuple(int(a) for a in axes)
         if is_const(expr):
             return expr if axes == tuple(range(len(axes))) else make_const(array_of(expr).transpose(axes))
         shape = shape_of(expr)
         if moves_only_units(shape, axes):
             return self.reshape(expr, [shape[a] for a in axes], name)
-        inner = self.defs.get(expr)
+        inner: Expr = self.defs.get(expr)
         if op_name(inner) == "permute_dims" and inner.attrs.axes is not None:
             before = int_list(inner.attrs.axes)
             return self.permute(inner.args[0], [before[a] for a in axes], name)
         return self.emit(relax.op.permute_dims(expr, axes), name)
 
     def finish(self, graph: Graph, outputs: Sequence[Expr], name: str = "main") -> relax.Function:
-        """The function of the old parameters, the live bindings and `outputs`; its attributes are the old function's."""
+        """The function of the old parameters, the live bindings and `outputs`, with the old function's attributes."""
         attrs = dict(graph.func.attrs.items()) if graph.func.attrs else None
         return build_function(graph.params, self.bindings, list(outputs), graph.multiple, attrs, name)
 
@@ -291,33 +291,3 @@ def build_function(
                 fresh[result] = builder.emit_output(result)
         builder.emit_func_output(fresh.get(result, result))
     return builder.get()[name]
-
-
-def rewrite_main(mod: tvm.IRModule, rewrite: Callable[[relax.Function], relax.Function]) -> tvm.IRModule:
-    """The module with `main` replaced by `rewrite(main)`. Raises ValueError where the module has no Relax `main`."""
-    if "main" not in [gv.name_hint for gv in mod.get_global_vars()] or not isinstance(mod["main"], relax.Function):
-        raise ValueError("the graph passes rewrite the Relax function main, which this module does not hold")
-    func = rewrite(mod["main"])
-    result = mod.clone()
-    result.update_func(mod.get_global_var("main"), func)
-    return result
-
-
-def drop_uncalled(mod: tvm.IRModule) -> tvm.IRModule:
-    """The module without the private PrimFuncs that no Relax function calls any more."""
-    called: set[str] = set()
-    for func in mod.functions.values():
-        if isinstance(func, relax.Function):
-            for _, value in Graph(func).bindings:
-                called.update(a.name_hint for a in value_args(value) if isinstance(a, tvm.ir.GlobalVar))
-    keep = {
-        gv: func
-        for gv, func in mod.functions.items()
-        if not isinstance(func, tvm.tirx.PrimFunc) or gv.name_hint in called or "global_symbol" in (func.attrs or {})
-    }
-    return tvm.IRModule(keep, attrs=mod.attrs)
-
-
-def value_args(value: Expr) -> list[Expr]:
-    """The operator and the arguments of a call; nothing for any other value."""
-    return [value.op, *value.args] if isinstance(value, relax.Call) else []

@@ -1,4 +1,4 @@
-"""Relax -> Relax: one spelling for each thing that a network says, so that the later passes have few patterns to know."""
+"""Relax -> Relax: one spelling for each thing that a network says, so that later passes have few patterns to know."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from tvm import relax
 from tvm.relax import op
 
 from ._constants import RESHAPES, fold
+from ._module import drop_uncalled, rewrite_main
 from ._primfuncs import as_operator
 from ._rewrite import (
     Emitter,
     Expr,
     Graph,
     array_of,
-    drop_uncalled,
     dtype_of,
     int_list,
     is_const,
     is_tensor,
     make_const,
     op_name,
-    rewrite_main,
     scalar_of,
     shape_of,
 )
@@ -39,12 +38,14 @@ class Canonicalize:
 
     Dead bindings go; dropout, no-op reshapes, permutations, casts, pads, slices and neutral constants disappear;
     constant subexpressions are evaluated; `batch_norm` becomes a multiplication and an addition by channel (Ioffe &
-    Szegedy 2015, arXiv 1502.03167, algorithm 2: `y = g/sqrt(v + eps) x + (b - g m/sqrt(v + eps))`); zero pads join the
-    convolution behind them; bounds (`maximum`, `minimum`, `relu6`, `clip`) become one `relu` or one `clip`; `x sigmoid(x)`
-    becomes `silu`; subtraction and division by constants become addition and multiplication; global pools become `mean`.
+    Szegedy 2015, arXiv 1502.03167, algorithm 2: `y = g/sqrt(v + eps) x + (b - g m/sqrt(v + eps))`); zero pads join
+    the convolution behind them; bounds (`maximum`, `minimum`, `relu6`, `clip`) become one `relu` or one `clip`;
+    `x sigmoid(x)` becomes `silu`; subtraction and division by constants become addition and multiplication; global
+    pools become `mean`; the PrimFuncs that TVM's importer writes for bounds and pads become the operators.
 
     Invariant: no `batch_norm` with constant statistics is left, every constant operand of `add` and `multiply` stands
-    second, and `matmul(x, permute_dims(W))` with a constant `W` of shape [M, C] keeps that form. Layers keep their names.
+    second, and `matmul(x, permute_dims(W))` with a constant `W` of shape [M, C] keeps that form. Layers keep their
+    names.
     """
 
     def transform_module(self, mod: tvm.IRModule, ctx: tvm.transform.PassContext) -> tvm.IRModule:
@@ -82,7 +83,7 @@ def _keeps_dense_weight(graph: Graph, var: Expr, call: Expr) -> bool:
     if op_name(call) != "permute_dims" or not is_const(call.args[0]) or len(shape_of(call)) != 2:
         return False
     users = [graph.defs[u] for u in graph.users.get(var, [])]
-    return bool(users) and all(op_name(u) == "matmul" and u.args[1].same_as(var) and not u.args[0].same_as(var) for u in users)
+    return bool(users) and all(op_name(u) == "matmul" and not u.args[0].same_as(var) for u in users)
 
 
 def _same_type(call: Expr, x: Expr) -> bool:
@@ -140,7 +141,7 @@ def _multiply(emitter: Emitter, call: Expr, name: str) -> Expr | None:
     if scalar_of(y) == 1 and _same_type(call, x):
         return x
     for value, gate in ((x, y), (y, x)):
-        definition = emitter.defs.get(gate) if not is_const(gate) else None
+        definition: Expr = emitter.defs.get(gate) if not is_const(gate) else None
         if op_name(definition) == "sigmoid" and definition.args[0].same_as(value):
             return op.nn.silu(value)
     return op.multiply(x, y) if x is not call.args[0] else None
@@ -211,7 +212,7 @@ def _conv(emitter: Emitter, call: Expr, name: str) -> Expr | None:
     """A constant zero pad in front of a channels-first convolution joins the convolution's own padding."""
     del name
     attrs = call.attrs
-    pad = emitter.defs.get(call.args[0])
+    pad: Expr = emitter.defs.get(call.args[0])
     if op_name(pad) != "nn.pad" or str(attrs.data_layout)[:2] != "NC":
         return None
     widths = int_list(pad.attrs.pad_width)

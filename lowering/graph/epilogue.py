@@ -21,9 +21,10 @@ CHANNELS_LAST = ("NWC", "NHWC", "NDHWC")
 class LayerSite:
     """A layer and its epilogue, as `GatherEpilogues` leaves it in a function.
 
-    `data` is the index of the function's parameter that holds the activation, `[N, spatial..., C]` or `[..., C]`. `weight`
-    is the constant as O, taps, I (`[M, C]` for a fully connected layer), or the index of a parameter of that layout. Entries
-    of `operands` are vectors of length M in the layer's type, or indices of parameters of the output's shape.
+    `data` is the index of the function's parameter that holds the activation, `[N, spatial..., C]` or `[..., C]`.
+    `weight` is the constant as O, taps, I (`[M, C]` for a fully connected layer), or the index of a parameter of that
+    layout. Entries of `operands` are vectors of length M in the layer's type, or indices of parameters of the output's
+    shape.
 
     A transposed convolution (`transposed`) is described by the convolution that it is the transpose of: `problem` reads
     what the layer writes (`problem.c` and `problem.size` are the layer's output channels and size) and writes what the
@@ -51,8 +52,8 @@ class _Layer:
 
 
 def describe_layer(func: relax.Function) -> LayerSite | None:
-    """The layer that `func` consists of, or None where it holds anything that the problems of `lowering.problem` and the
-    epilogues of `lowering.epilogue` do not express (another layout, type or operator): it then stays a Relax function."""
+    """The layer that `func` consists of, or None where it holds anything that the problems of `lowering.problem` and
+    the epilogues of `lowering.epilogue` do not express (another layout, type or operator): it then stays Relax."""
     attrs = func.attrs or {}
     if LAYER_ATTR not in attrs:
         return None
@@ -75,7 +76,8 @@ def describe_layer(func: relax.Function) -> LayerSite | None:
         weight = index[layer.weight]
     else:
         return None
-    epilogue, operands = [], []
+    epilogue: list[EpilogueOp] = []
+    operands: list[np.ndarray | int] = []
     for kind, operand, params in run:
         epilogue.append(EpilogueOp(kind, None if operand is None else len(operands), params))
         if isinstance(operand, np.ndarray):

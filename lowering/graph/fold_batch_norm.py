@@ -9,6 +9,7 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
+from ._module import rewrite_main
 from ._rewrite import (
     Emitter,
     Expr,
@@ -20,7 +21,6 @@ from ._rewrite import (
     is_const,
     make_const,
     op_name,
-    rewrite_main,
     shape_of,
 )
 
@@ -30,8 +30,8 @@ class FoldBatchNorm:
     """Fold multiplications and additions by channel into convolutions and fully connected layers with constant weights.
 
     Behind a layer: `s (W x + b) + t = (s W) x + (s b + t)`, through any chain in which each value is read once.
-    Before a layer: `W (s x + t) = (W s) x + W t`, where everything that reads `s x + t` is such a layer; the offset only
-    where the layer pads nothing, because padding is zero after the offset, not before (Jacob et al. 2018, arXiv
+    Before a layer: `W (s x + t) = (W s) x + W t`, where everything that reads `s x + t` is such a layer; the offset
+    only where the layer pads nothing, because padding is zero after the offset, not before (Jacob et al. 2018, arXiv
     1712.05877, section 3.2, has the first form). The arithmetic is float64, rounded once to the weight's type.
 
     Invariant: expects `Canonicalize`; behind it at most one addition by channel follows each layer with constant weight
@@ -83,9 +83,7 @@ def layer_weight(graph: Graph, call: Expr) -> Weight | None:
     attrs = call.attrs
     kernel, data = str(attrs.kernel_layout), str(attrs.data_layout)
     transposed = name.endswith("_transpose")
-    return Weight(
-        call.args[1], kernel.index("O"), kernel.index("I"), data.index("C"), int(attrs.groups), transposed
-    )
+    return Weight(call.args[1], kernel.index("O"), kernel.index("I"), data.index("C"), int(attrs.groups), transposed)
 
 
 def _scaled(weight: Weight, factors: np.ndarray, axis: int) -> Expr:
@@ -151,7 +149,7 @@ def _affine_step(graph: Graph, var: Expr, source: Expr, axis: int) -> tuple[np.n
 
 
 def _chain(graph: Graph, var: Expr, axis: int) -> tuple[Expr, np.ndarray, np.ndarray, int]:
-    """The last variable of the run of affine steps behind `var`, with their joint factor and offset, and their number."""
+    """The end of the run of affine steps behind `var`, with their joint factor and offset, and their number."""
     channels = shape_of(var)[axis]
     scale, shift, steps = np.ones(channels), np.zeros(channels), 0
     while (user := graph.single_user(var)) is not None:
@@ -194,7 +192,7 @@ def _add_offset(emitter: Emitter, layer: Expr, shift: np.ndarray, axis: int, nam
 
 
 def _leading(graph: Graph, data: Expr, axis: int) -> tuple[Expr, np.ndarray, np.ndarray] | None:
-    """`(x, s, t)` where `data = s x + t` by channel through as many steps as there are, every value read by one only."""
+    """`(x, s, t)` where `data = s x + t` by channel, through as many steps as there are that nobody else reads."""
     channels = shape_of(data)[axis]
     scale, shift, source = np.ones(channels), np.zeros(channels), data
     while (value := graph.value(source)) is not None and op_name(value) in ("multiply", "add"):
@@ -203,7 +201,9 @@ def _leading(graph: Graph, data: Expr, axis: int) -> tuple[Expr, np.ndarray, np.
             break
         shift, scale = shift + scale * step[1], scale * step[0]
         source = value.args[0]
-    return None if source is data else (source, scale, shift)
+    # A lone offset behind another layer is that layer's bias already, and costs nothing there.
+    is_bias = layer_weight(graph, graph.value(source)) is not None and graph.single_user(source) is not None
+    return None if source is data or is_bias else (source, scale, shift)
 
 
 def _accepts(graph: Graph, user: Expr, data: Expr, shift: np.ndarray) -> bool:

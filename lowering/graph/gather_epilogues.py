@@ -9,6 +9,7 @@ import tvm
 from tvm import relax
 
 from ._epilogue_steps import next_step
+from ._module import extend_main
 from ._rewrite import (
     Emitter,
     Expr,
@@ -34,20 +35,19 @@ class GatherEpilogues:
 
     The run: bias and factor by channel, addition and multiplication of a tensor of the output's shape that is computed
     elsewhere, relu, clip, leaky relu, sigmoid, tanh, silu, and hard-swish in the forms that exporters expand it to. It
-    ends where a value is read twice or returned. Where two layers meet in one addition, the later layer takes it. Constants
-    (weights, biases) live inside the function, activations are its parameters, and the attribute `gemmify.layer` holds
-    the name of the layer: the name of the variable that its operator was bound to, made unique.
+    ends where a value is read twice or returned. Where two layers meet in one addition, the later layer takes it.
+    Constants (weights, biases) live inside the function, activations are its parameters, and the attribute
+    `gemmify.layer` holds the layer's name: that of the variable that its operator was bound to, made unique.
 
-    Invariant: `main` holds no convolution and no product with a constant matrix outside these functions, and stays a DAG.
-    Compare the fusion of epilogues in cuDNN (Chetlur et al. 2014, arXiv 1410.0759) and TVM's `FuseOps`, which this precedes.
+    Invariant: `main` holds no convolution and no product with a constant matrix outside these functions, and stays a
+    DAG. Compare the fusion of epilogues in cuDNN (Chetlur et al. 2014, arXiv 1410.0759) and TVM's `FuseOps`, which
+    this precedes.
     """
 
     def transform_module(self, mod: tvm.IRModule, ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """`mod` with the layers gathered. Raises ValueError where `main` is missing or holds control flow."""
         del ctx
-        builder = relax.BlockBuilder(mod.clone())
-        builder.update_func(mod.get_global_var("main"), gather_epilogues(mod["main"], builder))
-        return builder.get()
+        return extend_main(mod, gather_epilogues)
 
 
 def gather_epilogues(func: relax.Function, builder: relax.BlockBuilder) -> relax.Function:
@@ -127,9 +127,7 @@ def _regions(graph: Graph) -> dict[Expr, list[Expr]]:
     return regions
 
 
-def _layer_function(
-    graph: Graph, anchor: Expr, region: Sequence[Expr], name: str
-) -> tuple[relax.Function, list[Expr]]:
+def _layer_function(graph: Graph, anchor: Expr, region: Sequence[Expr], name: str) -> tuple[relax.Function, list[Expr]]:
     """The function of a region and the variables of `main` that it is called with: the layer's data first."""
     members = [*inner_permutes(graph, anchor), *region]
     order = {var: i for i, (var, _) in enumerate(graph.bindings)}
@@ -158,5 +156,3 @@ def _unique(name: str, taken: set[str]) -> str:
         candidate, number = f"{name}_{number}", number + 1
     taken.add(candidate)
     return candidate
-
-

@@ -7,6 +7,7 @@ from tvm import relax
 
 from ._layout_ops import HANDLERS
 from ._layout_state import LayoutState, Stored, identity
+from ._module import extend_main
 from ._rewrite import Emitter, Expr, Graph, is_tensor, substitute
 from .lrn import lrn_primfunc, match_lrn
 
@@ -30,12 +31,9 @@ class ConvertLayout:
     """
 
     def transform_module(self, mod: tvm.IRModule, ctx: tvm.transform.PassContext) -> tvm.IRModule:
-        """`mod` with `main` in channels-last layout. Raises ValueError where `main` is missing or holds control flow."""
+        """`mod` with `main` in channels-last layout. Raises ValueError where `main` is missing or no straight line."""
         del ctx
-        builder = relax.BlockBuilder(mod.clone())
-        main = mod.get_global_var("main")
-        builder.update_func(main, convert_layout(mod["main"], builder))
-        return builder.get()
+        return extend_main(mod, convert_layout)
 
 
 def convert_layout(func: relax.Function, builder: relax.BlockBuilder) -> relax.Function:
@@ -78,5 +76,3 @@ def _tuple_item(state: LayoutState, var: Expr, value: Expr) -> Stored:
 
 def _output(state: LayoutState, expr: Expr) -> Expr:
     return state.plain(expr) if is_tensor(expr) else state.stored(expr).expr
-
-

@@ -86,9 +86,7 @@ def lrn_primfunc(lrn: Lrn) -> tirx.PrimFunc:
 
     squares = te.compute((*shape[:-1], channels + lrn.size - 1), square, name="lrn_square")
     window = te.reduce_axis((0, lrn.size), name="r")
-    total = te.compute(
-        shape, lambda *i: te.sum(squares(*i[:-1], i[-1] + window), axis=window), name="lrn_sum"
-    )
+    total = te.compute(shape, lambda *i: te.sum(squares(*i[:-1], i[-1] + window), axis=window), name="lrn_sum")
 
     def normalise(*index: Any) -> Any:
         base = tirx.const(lrn.k, dtype) + tirx.const(lrn.a, dtype) * total(*index)

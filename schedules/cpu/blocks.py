@@ -1,4 +1,4 @@
-"""What the schedule rules ask about the blocks of a PrimFunc: iteration axes, who reads whom, which axes an index uses."""
+"""What the schedule rules ask about the blocks of a PrimFunc: their axes, what they cost, who reads whom."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tvm import s_tir, tirx
 from tvm.ir import Call, TensorLoad
 from tvm.tirx import BufferStore, IterVar, Var
 
-from .tir_tools import collect, constant, uses
+from .tir_tools import collect, constant
 from .vector_math import HEAVY_CALLS, op_name
 
 SPATIAL, REDUCTION = 0, 2
@@ -82,7 +82,7 @@ class BlockInfo:
         if len(stores) != 1 or not isinstance(self.node.body, BufferStore):
             return None
         own = [it.var for it in self.iters]
-        found = []
+        found: list[Var] = []
         for index in stores[0].indices:
             if constant(index) == 0 and constant(stores[0].buffer.shape[len(found)]) == 1:
                 unit = next((it.var for it in self.iters if constant(it.dom.extent) == 1), None)
@@ -105,14 +105,8 @@ def consumers_of(block: BlockInfo, blocks: list[BlockInfo]) -> list[BlockInfo]:
 
 def is_output(block: BlockInfo, func: tirx.PrimFunc) -> bool:
     """Whether the block writes a parameter of the function."""
-    return _shares(block.written, [func.buffer_map[param] for param in func.params if param in func.buffer_map])
+    return _shares(block.written, list(func.params))
 
 
 def _shares(some: list[Any], others: list[Any]) -> bool:
     return any(a.same_as(b) for a in some for b in others)
-
-
-def axes_used(reader: BlockInfo, buffer: Any, axes: list[Var]) -> list[bool]:
-    """For each of the reader's `axes`: does it index its reads of `buffer`?"""
-    loads = [load for load in reader.loads if load.source.same_as(buffer)]
-    return [any(uses(list(load.indices), [axis]) for load in loads) for axis in axes]

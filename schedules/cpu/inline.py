@@ -8,6 +8,8 @@ condition. `reduction.py` gives such a block a small buffer beside its consumer.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm import s_tir
 from tvm.s_tir import ScheduleError
 
@@ -31,8 +33,8 @@ def inline_producers(sch: s_tir.Schedule) -> None:
             kept.add(block.name)
 
 
-def _wanted(block: BlockInfo, blocks: list[BlockInfo], func: object) -> bool:
-    if not block.spatial or len(block.written) != 1 or is_output(block, func) or block.write_axes is None:  # type: ignore[arg-type]
+def _wanted(block: BlockInfo, blocks: list[BlockInfo], func: Any) -> bool:
+    if not block.spatial or len(block.written) != 1 or is_output(block, func) or block.write_axes is None:
         return False
     consumers = consumers_of(block, blocks)
     if not consumers:
@@ -40,10 +42,10 @@ def _wanted(block: BlockInfo, blocks: list[BlockInfo], func: object) -> bool:
     repeats = sum(consumer.points for consumer in consumers)
     if block.heavy and repeats > block.points:
         return False
-    return not any(_vector_window(block, consumer) for consumer in consumers)
+    return not any(vector_window(block, consumer) for consumer in consumers)
 
 
-def _vector_window(block: BlockInfo, consumer: BlockInfo) -> bool:
+def vector_window(block: BlockInfo, consumer: BlockInfo) -> bool:
     """A conditional producer that the consumer's reduction reads through a window along its innermost output axis."""
     axes = consumer.write_axes
     if not consumer.is_reduction or not axes or not branch_conditions(block.node.body):

@@ -66,9 +66,13 @@ def flat_index(access: TensorLoad | BufferStore) -> Any | None:
     sizes = [constant(size) for size in buffer.shape]
     if len(buffer.strides) or any(size is None for size in sizes):
         return None
-    index: Any = IntImm("int64", 0)
+    dtypes = {str(part.ty.dtype) for part in access.indices}
+    if len(dtypes) > 1 or any("int" not in dtype for dtype in dtypes):
+        return None
+    dtype = dtypes.pop() if dtypes else "int64"
+    index: Any = IntImm(dtype, 0)
     for size, part in zip(sizes, access.indices, strict=True):
-        index = index * IntImm("int64", size or 1) + part.astype("int64")
+        index = index * IntImm(dtype, size or 1) + part
     return index
 
 
@@ -120,6 +124,14 @@ def lower_blocks(func: PrimFunc) -> PrimFunc:
         s_tir.transform.StmtSimplify(),
     ]
     return run_passes(func, passes)
+
+
+def in_root_block(func: PrimFunc) -> PrimFunc:
+    """The function with its loops inside one opaque block: Relax's passes look for a block in every function."""
+    if isinstance(func.body, s_tir.SBlockRealize):
+        return func
+    root = s_tir.SBlock([], [], [], "root", func.body)
+    return func.with_body(s_tir.SBlockRealize([], True, root))
 
 
 def run_passes(func: PrimFunc, passes: list[Any]) -> PrimFunc:

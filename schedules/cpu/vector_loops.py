@@ -165,5 +165,3 @@ def _fold(partial: Any, operator: type, width: int, like: Var) -> list[Stmt]:
         parts.append(_vectors(lane, 0, 1, half, BufferStore(partial, value, [lane])))
         half //= 2
     return parts
-
-

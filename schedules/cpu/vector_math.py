@@ -155,8 +155,8 @@ def log(x: Any) -> Any:
     normal = Select(small, x * _f(8388608.0), x)
     extra = Select(small, _f(-23.0), _f(0.0))
     finite = _let(reinterpret("int32", normal), lambda bits: split(bits, extra))
-    infinity, nan = _f(float("inf")), _f(float("nan"))
-    return Select(x > _f(0.0), Select(x < infinity, finite, x), Select(x < _f(0.0), nan, Select(x == x, -infinity, x)))
+    infinity, lowest, nan = _f(float("inf")), _f(float("-inf")), _f(float("nan"))
+    return Select(x > _f(0.0), Select(x < infinity, finite, x), Select(x == _f(0.0), lowest, nan))
 
 
 def tanh(x: Any) -> Any:
@@ -201,7 +201,7 @@ def power(x: Any, exponent: Any, call: Any) -> Any:
 
     def general(x: Any) -> Any:
         inside = _let(_let(x, log) * _f(c), exp)
-        positive = Select(x < _f(float("inf")), inside, Select(x == x, infinite, x))
+        positive = Select(x < _f(float("inf")), inside, infinite)
         return Select(x > _f(0.0), positive, Select(x == _f(0.0), zero, _f(float("nan"))))
 
     return _let(x, general)

@@ -20,7 +20,7 @@ from tvm.tirx import For, ForKind, IfThenElse, IntImm, PrimFunc, SeqStmt, Stmt, 
 
 from ..machine import Machine
 from .conditions import assume, branch_conditions, conjunction, conjuncts, cut_points, decide
-from .tir_tools import collect, constant, extent_of, fresh, loop, renamed, sequence, substitute, uses
+from .tir_tools import collect, constant, extent_of, fresh, is_nothing, loop, renamed, sequence, substitute, uses
 from .vector_loops import vector_loop
 
 _MAX_CUTS = 64
@@ -109,6 +109,8 @@ class _Vectorizer:
         parts = []
         for size, piece, here in self.pieces(var, extent, body, cuts if len(cuts) <= _MAX_CUTS else []):
             here = decide(here, self.analyzer)
+            if is_nothing(here):
+                continue
             whole = vector_loop(piece, size, here, self.machine, self.analyzer) if size > 1 else here
             parts.append(whole if whole is not None else loop(piece, size, ForKind.SERIAL, here))
         return decide(sequence(parts), self.analyzer)
