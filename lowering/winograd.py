@@ -263,7 +263,8 @@ def _transform_weight(problem: ConvProblem, form: _Form, tile: Tile, weight: te.
         value = _row(j, g, lambda s: rows(tirx.min(m, problem.m - 1), i, s, c), dtype)
         return value if problem.m % tile.nr == 0 else tirx.Select(m < problem.m, value, tirx.const(0, dtype))
 
-    return te.compute((ceil_div(problem.m, tile.nr), a, a, problem.c, tile.nr), element, name="packed")
+    shape = (ceil_div(problem.m, tile.nr), a, a, problem.c, tile.nr)
+    return te.compute(shape, element, name="packed", attrs={CHAIN_ANNOTATION: "ouurv"})
 
 
 def _transform_input(problem: ConvProblem, form: _Form, data: te.Tensor) -> te.Tensor:

@@ -14,12 +14,19 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 17
 
 
-def make_model(nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Sequence[Any]], outputs: Sequence[str],
-               weights: Mapping[str, np.ndarray] | None = None, opset: int = OPSET, dtype: int = TensorProto.FLOAT,
-               out_dtype: int | None = None) -> onnx.ModelProto:
+def make_model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Sequence[Any]],
+    outputs: Sequence[str],
+    weights: Mapping[str, np.ndarray] | None = None,
+    opset: int = OPSET,
+    dtype: int = TensorProto.FLOAT,
+    out_dtype: int | None = None,
+) -> onnx.ModelProto:
     """An ONNX model of `nodes`; an input's shape may hold names for open dimensions; output shapes are left open."""
     graph = helper.make_graph(
-        list(nodes), "test",
+        list(nodes),
+        "test",
         [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info(name, out_dtype or dtype, None) for name in outputs],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()],
@@ -27,8 +34,14 @@ def make_model(nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Sequence[An
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
-def single(op: str, shapes: Sequence[Sequence[int]], weights: Sequence[np.ndarray | None] = (), opset: int = OPSET,
-           outputs: int = 1, **attributes: Any) -> onnx.ModelProto:
+def single(
+    op: str,
+    shapes: Sequence[Sequence[int]],
+    weights: Sequence[np.ndarray | None] = (),
+    opset: int = OPSET,
+    outputs: int = 1,
+    **attributes: Any,
+) -> onnx.ModelProto:
     """A model of one node `node`: inputs x0, x1 ... of `shapes`, then `weights` (None: left out), outputs y0, y1 ..."""
     data = {f"x{i}": shape for i, shape in enumerate(shapes)}
     values = {f"w{i}": w for i, w in enumerate(weights) if w is not None}
@@ -38,15 +51,23 @@ def single(op: str, shapes: Sequence[Sequence[int]], weights: Sequence[np.ndarra
 
 
 def small_cnn(batch: int | str = 1, seed: int = 0) -> onnx.ModelProto:
-    """conv, batch norm, relu, pool, a residual conv, flatten, fc: input `x` [batch, 3, 12, 12], output `y` [batch, 5]."""
+    """conv, batch norm, relu, pool, residual conv, flatten, fc: input `x` [batch, 3, 12, 12], output `y` [batch, 5]."""
     rng = np.random.default_rng(seed)
 
     def values(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) / np.sqrt(max(prod(shape[1:]), 1))).astype(np.float32)
 
-    weights = {"w1": values(8, 3, 3, 3), "gamma": 1 + 0.1 * values(8), "beta": values(8), "mean": values(8),
-               "var": 1 + np.abs(values(8)), "w2": values(8, 8, 3, 3), "b2": values(8), "w3": values(5, 288),
-               "b3": values(5)}
+    weights = {
+        "w1": values(8, 3, 3, 3),
+        "gamma": 1 + 0.1 * values(8),
+        "beta": values(8),
+        "mean": values(8),
+        "var": 1 + np.abs(values(8)),
+        "w2": values(8, 8, 3, 3),
+        "b2": values(8),
+        "w3": values(5, 288),
+        "b3": values(5),
+    }
     nodes = [
         helper.make_node("Conv", ["x", "w1"], ["c1"], name="first/conv", pads=[1] * 4, kernel_shape=[3, 3]),
         helper.make_node("BatchNormalization", ["c1", "gamma", "beta", "mean", "var"], ["n1"], name="first/bn"),
@@ -61,8 +82,17 @@ def small_cnn(batch: int | str = 1, seed: int = 0) -> onnx.ModelProto:
     return make_model(nodes, {"x": [batch, 3, 12, 12]}, ["y"], weights)
 
 
-LIGHT = ("bvlc_alexnet", "vgg19", "inception_v1", "inception_v2", "resnet50", "squeezenet", "densenet121", "shufflenet",
-         "zfnet512")
+LIGHT = (
+    "bvlc_alexnet",
+    "vgg19",
+    "inception_v1",
+    "inception_v2",
+    "resnet50",
+    "squeezenet",
+    "densenet121",
+    "shufflenet",
+    "zfnet512",
+)
 
 
 def light_path(name: str) -> Path:
@@ -107,8 +137,13 @@ def _roles(graph: onnx.GraphProto) -> dict[str, str]:
     through = {n.output[0]: n.input[0] for n in graph.node if n.op_type in ("Unsqueeze", "Reshape")}
     roles: dict[str, str] = {}
     for node in graph.node:
-        by_input = {"Conv": ["", "weight"], "Gemm": ["", "weight"], "MatMul": ["", "weight"], "Mul": ["", "scale"],
-                    "BatchNormalization": ["", "scale", "shift", "shift", "variance"]}.get(node.op_type, [])
+        by_input = {
+            "Conv": ["", "weight"],
+            "Gemm": ["", "weight"],
+            "MatMul": ["", "weight"],
+            "Mul": ["", "scale"],
+            "BatchNormalization": ["", "scale", "shift", "shift", "variance"],
+        }.get(node.op_type, [])
         for name, role in zip(node.input, by_input, strict=False):
             if role:
                 roles[through.get(name, name)] = role

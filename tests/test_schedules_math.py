@@ -87,9 +87,7 @@ SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 1.0, -1.0, 1000.0
     ],
     ids=["exp", "log", "tanh", "sigmoid", "pow 0.6", "pow -2.6", "square"],
 )
-def test_zero_infinity_nan_and_the_denormals(
-    function: Callable[[Any], Any], reference: Callable[[Any], Any]
-) -> None:
+def test_zero_infinity_nan_and_the_denormals(function: Callable[[Any], Any], reference: Callable[[Any], Any]) -> None:
     x = SPECIAL
     if function not in (tirx.exp, tirx.log, tirx.tanh, tirx.sigmoid):
         x = x[~np.isneginf(x)]  # C's pow gives +inf for a fractional power of -inf; here it is NaN

@@ -19,9 +19,9 @@ def import_model(model: Any, shapes: Shapes | None = None) -> ImportedModel:
     """Import `model` and validate it.
 
     `model` is a name of the zoo, the path of an .onnx or .pt2 file, the bytes of an ONNX model, an onnx.ModelProto, a
-    torch.export.ExportedProgram, a Relax IRModule, a PrimFunc, or the list of te.Tensor that makes one (placeholders, then
-    results). `shapes` gives an input's shape by name; it is required where the model leaves dimensions open, and may change
-    a fixed batch (first dimension) of an ONNX model.
+    torch.export.ExportedProgram, a Relax IRModule, a PrimFunc, or the list of te.Tensor that makes one (placeholders,
+    then results). `shapes` gives an input's shape by name; it is required where the model leaves dimensions open, and
+    may change a fixed batch (first dimension) of an ONNX model.
 
     Raises InputError for files and calls that are wrong, UnsupportedError for what cannot be imported.
     """
@@ -51,8 +51,10 @@ def _import_named(model: str | os.PathLike[str], shapes: Shapes | None) -> Impor
         raise InputError(f"{zoo.unknown_name(text)}; nor is there a file of that name")
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth"):
-        raise InputError(f"{path} looks like a PyTorch checkpoint, which holds weights without the network: save it with "
-                         "torch.export.save as .pt2, or export it to ONNX")
+        raise InputError(
+            f"{path} looks like a PyTorch checkpoint, which holds weights without the network: "
+            "save it with torch.export.save as .pt2, or export it to ONNX"
+        )
     if suffix == ".pt2":
         from gemmify.frontend.torch_program import load_pt2
 
@@ -90,8 +92,10 @@ def _import_object(model: Any, shapes: Shapes | None) -> ImportedModel:
         return _finish(tensor_expression.from_prim_func(model), tensor_expression.NAME, shapes)
     if tensor_expression.is_tensor_list(model):
         return _finish(tensor_expression.from_tensors(model), tensor_expression.NAME, shapes)
-    raise InputError(f"cannot import a {type(model).__name__}: a model is a zoo name, a path, ONNX bytes or ModelProto, "
-                     "a torch ExportedProgram, a Relax module, a PrimFunc or a list of te.Tensor")
+    raise InputError(
+        f"cannot import a {type(model).__name__}: a model is a zoo name, a path, ONNX bytes or "
+        "ModelProto, a torch ExportedProgram, a Relax module, a PrimFunc or a list of te.Tensor"
+    )
 
 
 def _finish(mod: Any, name: str, shapes: Shapes | None) -> ImportedModel:

@@ -63,8 +63,16 @@ def conv(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
     dims = len(_dims(inputs[0])) - 2
     op = (relax.op.nn.conv1d, relax.op.nn.conv2d, relax.op.nn.conv3d)[dims - 1]
     spatial = "DHW"[-dims:]
-    call = op(inputs[0], inputs[1], strides=attrs["strides"], padding=attrs["pads"], dilation=attrs["dilations"],
-              groups=attrs.get("group", 1), data_layout=f"NC{spatial}", kernel_layout=f"OI{spatial}")
+    call = op(
+        inputs[0],
+        inputs[1],
+        strides=attrs["strides"],
+        padding=attrs["pads"],
+        dilation=attrs["dilations"],
+        groups=attrs.get("group", 1),
+        data_layout=f"NC{spatial}",
+        kernel_layout=f"OI{spatial}",
+    )
     return _add_bias(ctx, ctx.layer(call), inputs[2])
 
 
@@ -73,9 +81,17 @@ def conv_transpose(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
     dims = len(_dims(inputs[0])) - 2
     op = (relax.op.nn.conv1d_transpose, relax.op.nn.conv2d_transpose, relax.op.nn.conv3d_transpose)[dims - 1]
     spatial = "DHW"[-dims:]
-    call = op(inputs[0], inputs[1], strides=attrs["strides"], padding=attrs["pads"], dilation=attrs["dilations"],
-              output_padding=attrs["output_padding"], groups=attrs.get("group", 1), data_layout=f"NC{spatial}",
-              kernel_layout=f"IO{spatial}")
+    call = op(
+        inputs[0],
+        inputs[1],
+        strides=attrs["strides"],
+        padding=attrs["pads"],
+        dilation=attrs["dilations"],
+        output_padding=attrs["output_padding"],
+        groups=attrs.get("group", 1),
+        data_layout=f"NC{spatial}",
+        kernel_layout=f"IO{spatial}",
+    )
     return _add_bias(ctx, ctx.layer(call), inputs[2])
 
 
@@ -109,8 +125,9 @@ def clip(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
     if whole or any(b is not None and v is None for b, v in zip(bounds, fixed, strict=True)):
         out = inputs[0] if bounds[0] is None else ctx.bb.emit(relax.op.maximum(inputs[0], bounds[0]))
         return out if bounds[1] is None else relax.op.minimum(out, bounds[1])
-    low, high = (default if v is None or np.isnan(v) else float(v)
-                 for v, default in zip(fixed, (-np.inf, np.inf), strict=True))
+    low, high = (
+        default if v is None or np.isnan(v) else float(v) for v, default in zip(fixed, (-np.inf, np.inf), strict=True)
+    )
     return relax.op.clip(inputs[0], low, high)
 
 
@@ -143,21 +160,26 @@ def _softmax(op: Callable[..., Expr]) -> Callable[[Context, list[Expr], Attribut
 
 
 def lrn(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
-    """`x / (bias + alpha/size sum x_j^2)^beta`, j from c - floor((size-1)/2) to c + ceil((size-1)/2), inside the channels.
+    """`x / (bias + alpha/size sum x_j^2)^beta`, for channels j from c - floor((size-1)/2) to c + ceil((size-1)/2).
 
     The window is an average pool over the channels that counts its padding, as in TVM's own converter, but with the
     padding that an even size needs.
     """
     x, size = inputs[0], attrs["size"]
     shape, dtype = _dims(x), x.ty.dtype
-    planar = [shape[0], 1, shape[1], shape[2] if len(shape) > 2 else 1, int(np.prod(shape[3:]))]
     before, after = (size - 1) // 2, size - 1 - (size - 1) // 2
     squares = ctx.bb.emit(relax.op.multiply(x, x))
-    exact = len(shape) == 4
-    squares = ctx.bb.emit(relax.op.expand_dims(squares, 1) if exact else relax.op.reshape(squares, planar))
-    sums = ctx.bb.emit(relax.op.nn.avg_pool3d(squares, (size, 1, 1), (1, 1, 1), (before, 0, 0, after, 0, 0),
-                                              count_include_pad=True))
-    sums = ctx.bb.emit(relax.op.squeeze(sums, [1]) if exact else relax.op.reshape(sums, shape))
+    if len(shape) in (3, 4):  # exactly TVM's form, which passes behind this one recognise
+        flat = (0,) * (len(shape) - 2)
+        pool = relax.op.nn.avg_pool3d if len(shape) == 4 else relax.op.nn.avg_pool2d
+        squares = ctx.bb.emit(relax.op.expand_dims(squares, 1))
+        window, strides = (size, *(1 for _ in flat)), (1, *(1 for _ in flat))
+        sums = pool(squares, window, strides, (before, *flat, after, *flat), count_include_pad=True)
+        sums = ctx.bb.emit(relax.op.squeeze(ctx.bb.emit(sums), [1]))
+    else:
+        squares = ctx.bb.emit(relax.op.reshape(squares, [shape[0], 1, shape[1], int(np.prod(shape[2:]))]))
+        sums = relax.op.nn.avg_pool2d(squares, (size, 1), (1, 1), (before, 0, after, 0), count_include_pad=True)
+        sums = ctx.bb.emit(relax.op.reshape(ctx.bb.emit(sums), shape))
     scaled = ctx.bb.emit(relax.op.multiply(sums, relax.const(attrs.get("alpha", 1e-4), dtype)))
     shifted = ctx.bb.emit(relax.op.add(scaled, relax.const(attrs.get("bias", 1.0), dtype)))
     powers = ctx.bb.emit(relax.op.power(shifted, relax.const(attrs.get("beta", 0.75), dtype)))

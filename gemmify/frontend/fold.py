@@ -12,7 +12,15 @@ from onnx.reference import ReferenceEvaluator
 
 from gemmify.frontend.graph import Graph, attributes
 
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
+_RANDOM = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+    "Dropout",
+}
 _DOMAINS = {"", "ai.onnx"}
 
 
@@ -31,7 +39,7 @@ def fold_constants(graph: Graph) -> bool:
 
 
 def _evaluate(graph: Graph, node: onnx.NodeProto) -> list[np.ndarray] | None:
-    if node.domain not in _DOMAINS or node.op_type in _RANDOM or any(a.HasField("g") or a.graphs for a in node.attribute):
+    if node.domain not in _DOMAINS or node.op_type in _RANDOM or any(a.HasField("g") for a in node.attribute):
         return None
     shape = graph.shape(node.input[0]) if node.op_type in ("Shape", "Size") else None
     if shape is not None:
@@ -47,8 +55,12 @@ def _run_node(graph: Graph, node: onnx.NodeProto) -> list[np.ndarray] | None:
     """Run one node with onnx's reference implementation; None where that has none (the importer may know better)."""
     names = list(dict.fromkeys(name for name in node.input if name))
     outputs = [name for name in node.output if name]
-    proto = helper.make_graph([node], "node", [helper.make_empty_tensor_value_info(n) for n in names],
-                              [helper.make_empty_tensor_value_info(n) for n in outputs])
+    proto = helper.make_graph(
+        [node],
+        "node",
+        [helper.make_empty_tensor_value_info(n) for n in names],
+        [helper.make_empty_tensor_value_info(n) for n in outputs],
+    )
     opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opsets.items()]
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):

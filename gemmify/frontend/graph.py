@@ -1,4 +1,4 @@
-"""The ONNX graph as the importer works on it: nodes, constants as arrays, real inputs; with shape inference on demand."""
+"""The ONNX graph as the importer works on it: nodes, constants as arrays, real inputs; shape inference on demand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from gemmify.frontend.load import first_line
 _SMALL = 1024
 
 # Types whose raw bytes can be taken as they are: onnx's own conversion copies them once more.
-_PLAIN = {onnx.TensorProto.FLOAT: np.dtype("float32"), onnx.TensorProto.DOUBLE: np.dtype("float64")}
+_PLAIN: dict[int, type] = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.DOUBLE: np.float64}
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Graph:
 
     def fresh(self, stem: str) -> str:
         """A value name that the graph does not use yet."""
-        used = {*self.constants, *(v for n in self.nodes for v in (*n.input, *n.output)), *(i.name for i in self.inputs)}
+        used = {v for n in self.nodes for v in (*n.input, *n.output)}
+        used.update(self.constants, (i.name for i in self.inputs))
         name, count = stem, 0
         while name in used:
             count += 1
@@ -76,6 +78,7 @@ class Graph:
 
     def light_model(self) -> onnx.ModelProto:
         """The graph with every large constant turned into an input: quick to check and to infer shapes on."""
+
         def info(name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
             return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
@@ -117,7 +120,7 @@ def used_names(node: onnx.NodeProto) -> Iterator[str]:
                 yield from used_names(inner)
 
 
-def attributes(node: onnx.NodeProto) -> dict[str, object]:
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """The node's attributes by name, as Python values (strings decoded)."""
     values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     return {name: v.decode() if isinstance(v, bytes) else v for name, v in values.items()}
@@ -129,6 +132,11 @@ def set_attributes(node: onnx.NodeProto, **values: object) -> None:
     del node.attribute[:]
     node.attribute.extend(kept)
     node.attribute.extend(helper.make_attribute(name, v) for name, v in values.items() if v is not None)
+
+
+def refuse(node: onnx.NodeProto, what: str) -> UnsupportedError:
+    """The error for a form of an operator that cannot be imported."""
+    return UnsupportedError(f"{node.op_type} (node {node.name!r}) {what}, which cannot be imported")
 
 
 def to_graph(model: onnx.ModelProto, inputs: list[TensorSpec]) -> Graph:
@@ -158,7 +166,9 @@ def to_graph(model: onnx.ModelProto, inputs: list[TensorSpec]) -> Graph:
 
 def _array(tensor: onnx.TensorProto) -> np.ndarray:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise InputError(f"the weight {tensor.name!r} lies in another file: pass the path of the .onnx file, not its bytes")
+        raise InputError(
+            f"the weight {tensor.name!r} lies in another file: pass the path of the .onnx file, not its bytes"
+        )
     if tensor.data_type == onnx.TensorProto.STRING:
         raise UnsupportedError(f"the constant {tensor.name!r} holds strings, which cannot be compiled")
     try:
@@ -168,7 +178,8 @@ def _array(tensor: onnx.TensorProto) -> np.ndarray:
     except Exception as error:  # ValueError, or onnx's own TypeError for an unknown data type
         want = prod(tensor.dims)
         raise InputError(
-            f"the weight {tensor.name!r} of shape {list(tensor.dims)} ({want} elements) cannot be read: {first_line(error)}"
+            f"the weight {tensor.name!r} of shape {list(tensor.dims)} ({want} elements) "
+            f"cannot be read: {first_line(error)}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What an import gives: a Relax module whose `main` takes the model's real inputs, and the names and types around it."""
+"""What an import gives: a Relax module whose `main` takes the model's real inputs, and the names and types of both."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A validated model. `mod["main"]` takes exactly `inputs` (in this order, static shapes), weights are constants,
-    activations NCHW; it returns the one output, or a tuple of `outputs` in this order. The binding of every layer (convolution,
-    matrix product) bears the layer's name. `source` is the ONNX model with its shapes fixed, where it came from ONNX.
+    """A validated model.
+
+    `mod["main"]` takes exactly `inputs` (in this order, of static shapes), holds the weights as constants, keeps
+    activations in the model's layout (NCHW for ONNX), and returns the one output or a tuple of `outputs` in this order.
+    The binding of every layer (convolution, matrix product) bears the layer's name. `source` is the ONNX model with its
+    input shapes fixed, where the model came from ONNX.
     """
 
     name: str

@@ -9,9 +9,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-LAYER_OPS = frozenset(
-    ["relax.matmul"] + [f"relax.nn.conv{d}d{kind}" for d in (1, 2, 3) for kind in ("", "_transpose")]
-)
+LAYER_OPS = frozenset(["relax.matmul"] + [f"relax.nn.conv{d}d{kind}" for d in (1, 2, 3) for kind in ("", "_transpose")])
 _DEFAULT_NAME = re.compile(r"(lv|gv)\d*")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from gemmify.errors import InputError
@@ -52,12 +52,15 @@ def load_onnx_file(path: Path) -> onnx.ModelProto:
         try:
             load_external_data_for_model(model, str(path.parent))
         except Exception as error:  # onnx raises its checker's error, OSError or ValueError here
-            raise InputError(f"{path} keeps weights in a file beside it that cannot be read: {first_line(error)}") from None
+            raise InputError(
+                f"{path} keeps weights in a file beside it that cannot be read: {first_line(error)}"
+            ) from None
     return model
 
 
 def first_line(error: BaseException) -> str:
     """The part of an error that says what is wrong, in one line: without traceback, context and file positions."""
     lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("Traceback", "File ", "==>", "Stack trace", "Context:"))]
+    noise = ("Traceback", "File ", "==>", "Stack trace", "Context:")
+    lines = [line for line in lines if line and not line.startswith(noise)]
     return lines[0] if lines else type(error).__name__

@@ -13,16 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from gemmify.errors import UnsupportedError
-from gemmify.frontend.graph import Graph, attributes, set_attributes, used_names
+from gemmify.frontend.graph import Graph, attributes, refuse, set_attributes, used_names
 from gemmify.frontend.windows import resolve_conv, resolve_conv_transpose, resolve_pool
 
 Rule = Callable[[Graph, onnx.NodeProto], Any]  # gives the nodes to put before this one, or None
-
-
-def refuse(node: onnx.NodeProto, what: str) -> UnsupportedError:
-    """The error for a form of an operator that cannot be imported."""
-    return UnsupportedError(f"{node.op_type} (node {node.name!r}) {what}, which cannot be imported")
 
 
 def simplify(graph: Graph) -> None:
@@ -128,8 +122,12 @@ def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
     node.op_type = "Resize"
     node.input.extend([x, "", scales])
     mode = str(values.get("mode", "nearest"))
-    set_attributes(node, mode="linear" if mode == "bilinear" else mode, coordinate_transformation_mode="asymmetric",
-                   nearest_mode="floor")
+    set_attributes(
+        node,
+        mode="linear" if mode == "bilinear" else mode,
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
 
 
 def _resize(graph: Graph, node: onnx.NodeProto) -> None:

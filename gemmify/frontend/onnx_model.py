@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx
 import tvm
-from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
 from gemmify.errors import GemmifyError, InputError, UnsupportedError
@@ -103,7 +102,8 @@ class _Importer(ONNXGraphImporter):
             convert = CONVERTERS.get(op_name)
             if convert is None:
                 return super()._convert_operator(op_name, inputs, attrs, opset)
-            return self.bb.normalize(convert(Context(self.bb, opset, lambda call: self._emit_layer(call, node)), inputs, attrs))
+            context = Context(self.bb, opset, lambda call: self._emit_layer(call, node))
+            return self.bb.normalize(convert(context, inputs, attrs))
         except GemmifyError:
             raise
         except Exception as error:  # the importer raises anything from AssertionError to TVM's own errors
@@ -116,8 +116,10 @@ class _Importer(ONNXGraphImporter):
 
 
 def _import(graph: Graph) -> tvm.IRModule:
-    inputs = [onnx.helper.make_tensor_value_info(s.name, onnx.helper.np_dtype_to_tensor_dtype(_np_dtype(s)), s.shape)
-              for s in graph.inputs]
+    inputs = [
+        onnx.helper.make_tensor_value_info(s.name, onnx.helper.np_dtype_to_tensor_dtype(_np_dtype(s)), s.shape)
+        for s in graph.inputs
+    ]
     outputs = [onnx.ValueInfoProto(name=name) for name in graph.outputs]
     proto = onnx.helper.make_graph(graph.nodes, "main", inputs, outputs)
     importer = _Importer(graph)
@@ -128,8 +130,7 @@ def _import(graph: Graph) -> tvm.IRModule:
         except Exception:
             importer.bb._end_block()  # the builder would complain on stderr of the block left open
             raise
-    passes = [relax.transform.DeadCodeElimination(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()]
-    mod = tvm.transform.Sequential(passes)(mod)
+    mod = relax_module.fold(mod)
     relax_module.check_static(mod)
     return name_layers(mod, importer.layer_names)
 
@@ -141,17 +142,24 @@ def _np_dtype(spec: TensorSpec) -> Any:
     return np.dtype(spec.dtype)
 
 
-def _check_batch(source: onnx.ModelProto, before: Sequence[Any], inputs: Sequence[TensorSpec],
-                 outputs: Sequence[TensorSpec]) -> None:
+def _check_batch(
+    source: onnx.ModelProto, before: Sequence[Any], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
     """A fixed batch that was overridden must reach every output that had it: a Reshape may hold the old one."""
-    changed = {(old[0], new.shape[0]) for old, new in zip(before, inputs, strict=True)
-               if old and isinstance(old[0], int) and old[0] != new.shape[0]}
+    changed = {
+        (old[0], new.shape[0])
+        for old, new in zip(before, inputs, strict=True)
+        if old and isinstance(old[0], int) and old[0] != new.shape[0]
+    }
     for old_batch, batch in changed:
         for value, spec in zip(source.graph.output, outputs, strict=True):
             dims = declared(value)
             if dims and dims[0] == old_batch and (not spec.shape or spec.shape[0] != batch):
-                raise InputError(f"the batch cannot be changed from {old_batch} to {batch}: the model fixes it inside, and "
-                                 f"its output {spec.name!r} came out as {list(spec.shape)}; export it with an open batch")
+                raise InputError(
+                    f"the batch cannot be changed from {old_batch} to {batch}: the model fixes it inside, "
+                    f"and its output {spec.name!r} came out as {list(spec.shape)}; export it with an open "
+                    "batch"
+                )
             value.CopyFrom(onnx.helper.make_tensor_value_info(spec.name, value.type.tensor_type.elem_type, spec.shape))
     if changed:
         del source.graph.value_info[:]

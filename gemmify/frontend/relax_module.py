@@ -37,13 +37,23 @@ def _bind_shapes(mod: tvm.IRModule, shapes: Mapping[str, Sequence[int]]) -> tvm.
     bound: dict[Any, int] = {}
     for name, shape in shapes.items():
         if name not in params:
-            raise InputError(f"a shape was given for {name!r}, which is not an input of the model "
-                             f"(its inputs: {', '.join(params) or 'none'})")
+            raise InputError(
+                f"a shape was given for {name!r}, which is not an input of the model "
+                f"(its inputs: {', '.join(params) or 'none'})"
+            )
         dims = _dims(params[name])
         if len(dims) != len(shape) or any(isinstance(d, int) and d != s for d, s in zip(dims, shape, strict=False)):
-            raise InputError(f"input {name!r} has the shape {show(dims)}, which the shape given, {show(shape)}, contradicts")
+            raise InputError(
+                f"input {name!r} has the shape {show(dims)}, which the shape given, {show(shape)}, contradicts"
+            )
         bound.update({d: int(s) for d, s in zip(dims, shape, strict=True) if isinstance(d, tvm.tirx.Var)})
     return relax.transform.BindSymbolicVars(bound, "main")(mod) if bound else mod
+
+
+def fold(mod: tvm.IRModule) -> tvm.IRModule:
+    """Drop what no output needs, and compute what depends on constants alone."""
+    dead = relax.transform.DeadCodeElimination()
+    return tvm.transform.Sequential([dead, relax.transform.FoldConstant(), dead])(mod)
 
 
 def input_specs(mod: tvm.IRModule) -> tuple[TensorSpec, ...]:
@@ -55,9 +65,13 @@ def input_specs(mod: tvm.IRModule) -> tuple[TensorSpec, ...]:
     still = {p.name: _dims(p) for p in params if not _static(p.ty)}
     if still:
         listed = "; ".join(f"{name} is {show(dims)}" for name, dims in still.items())
-        options = " ".join(f"--shape {name}={','.join(str(d) if isinstance(d, int) else '1' for d in dims)}"
-                           for name, dims in still.items())
-        raise InputError(f"the model leaves input shapes open, and compiling needs every size: {listed}; pass for example {options}")
+        options = " ".join(
+            f"--shape {name}={','.join(str(d) if isinstance(d, int) else '1' for d in dims)}"
+            for name, dims in still.items()
+        )
+        raise InputError(
+            f"the model leaves input shapes open, and compiling needs every size: {listed}; pass for example {options}"
+        )
     return tuple(_spec(p.name, p.ty) for p in params)
 
 
@@ -70,7 +84,9 @@ def output_specs(mod: tvm.IRModule, names: Sequence[str] | None = None) -> tuple
     made_up = ["output" if i == 0 else f"output_{i}" for i in range(len(fields))]
     for name, ty in zip(names or made_up, fields, strict=True):
         if not isinstance(ty, relax.TensorType) or not _static(ty):
-            raise UnsupportedError(f"the output {name!r} has a size known only at run time, and compiling needs every size")
+            raise UnsupportedError(
+                f"the output {name!r} has a size known only at run time, and compiling needs every size"
+            )
     return tuple(_spec(name, ty) for name, ty in zip(names or made_up, fields, strict=True))
 
 
@@ -79,10 +95,11 @@ def check_static(mod: tvm.IRModule) -> None:
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
             ty = binding.var.ty
-            for part in ty.fields if isinstance(ty, relax.TupleType) else [ty]:
-                if isinstance(part, relax.TensorType) and not _static(part):
-                    raise UnsupportedError(f"the value {binding.var.name!r} ({binding.value.op if hasattr(binding.value, 'op') else 'value'}) "
-                                           "has a size known only at run time, and compiling needs every size")
+            fields = ty.fields if isinstance(ty, relax.TupleType) else [ty]
+            if any(isinstance(f, relax.TensorType) and not _static(f) for f in fields):
+                op = getattr(getattr(binding, "value", None), "op", None)
+                what = f"a result of {op.name}" if isinstance(op, tvm.ir.Op) else f"the value {binding.var.name!r}"
+                raise UnsupportedError(f"{what} has a size known only at run time, and compiling needs every size")
 
 
 def _dims(param: Any) -> list[Any]:

@@ -41,7 +41,9 @@ def fix_inputs(graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]] | Non
     for name in wanted:
         if name not in (i.name for i in inputs):
             known = ", ".join(i.name for i in inputs) or "none"
-            raise InputError(f"a shape was given for {name!r}, which is not an input of the model (its inputs: {known})")
+            raise InputError(
+                f"a shape was given for {name!r}, which is not an input of the model (its inputs: {known})"
+            )
     bound: dict[str, int] = {}
     for value in inputs:
         if value.name in wanted:
@@ -70,14 +72,20 @@ def _bind(name: str, dims: Dims, wanted: tuple[int, ...], bound: dict[str, int])
     if dims is None:
         return
     if len(dims) != len(wanted):
-        raise InputError(f"input {name!r} has {len(dims)} dimensions {show(dims)}, but the shape given has {len(wanted)}: "
-                         f"{show(wanted)}")
+        raise InputError(
+            f"input {name!r} has {len(dims)} dimensions {show(dims)}, but the shape given has "
+            f"{len(wanted)}: {show(wanted)}"
+        )
     for axis, (dim, value) in enumerate(zip(dims, wanted, strict=True)):
         if isinstance(dim, int) and dim != value and axis > 0:
-            raise InputError(f"input {name!r} has the fixed shape {show(dims)}, which contradicts the shape given, "
-                             f"{show(wanted)}: only its batch (first dimension) can be changed")
+            raise InputError(
+                f"input {name!r} has the fixed shape {show(dims)}, which contradicts the shape given, "
+                f"{show(wanted)}: only its batch (first dimension) can be changed"
+            )
         if isinstance(dim, str) and dim != "?" and bound.setdefault(dim, value) != value:
-            raise InputError(f"the dimension {dim!r} was given two sizes, {bound[dim]} and {value}: the model needs one")
+            raise InputError(
+                f"the dimension {dim!r} was given two sizes, {bound[dim]} and {value}: the model needs one"
+            )
 
 
 def _resolve(dims: Dims, wanted: tuple[int, ...] | None, bound: dict[str, int]) -> Dims:
@@ -92,7 +100,9 @@ def _refuse_open(inputs: Sequence[onnx.ValueInfoProto], found: Mapping[str, Dims
         return
     listed = "; ".join(f"{name} is {show(found[name])}" for name in still)
     options = " ".join(f"--shape {name}={_example(found[name])}" for name in still)
-    raise InputError(f"the model leaves input shapes open, and compiling needs every size: {listed}; pass for example {options}")
+    raise InputError(
+        f"the model leaves input shapes open, and compiling needs every size: {listed}; pass for example {options}"
+    )
 
 
 def _example(dims: Dims) -> str:
@@ -116,6 +126,7 @@ def _dtype(value: onnx.ValueInfoProto) -> str:
 
 def warn_weights(constants: Mapping[str, np.ndarray]) -> None:
     """Warn, in one GemmifyWarning, of every weight that holds NaN or infinity."""
+
     def finite(values: np.ndarray) -> bool:
         # A sum is several times cheaper than isfinite, and finite unless it overflows: then look closely.
         if values.dtype.kind != "f" or np.isfinite(values.sum(dtype=np.float64)):
@@ -124,4 +135,5 @@ def warn_weights(constants: Mapping[str, np.ndarray]) -> None:
 
     bad = [name for name, values in constants.items() if values.size > 1 and not finite(values)]
     if bad:
-        warnings.warn(f"weights hold NaN or infinity, and so may the results: {', '.join(bad)}", GemmifyWarning, stacklevel=3)
+        message = f"weights hold NaN or infinity, and so may the results: {', '.join(bad)}"
+        warnings.warn(message, GemmifyWarning, stacklevel=3)

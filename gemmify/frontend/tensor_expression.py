@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax, te, tirx
 
 from gemmify.errors import InputError
@@ -21,9 +22,12 @@ def is_tensor_list(model: Any) -> bool:
 
 def from_tensors(args: Sequence[te.Tensor]) -> tvm.IRModule:
     """`args` are the placeholders followed by the results, as for te.create_prim_func. Raises InputError."""
-    if not any(isinstance(t.op, te.PlaceholderOp) for t in args) or all(isinstance(t.op, te.PlaceholderOp) for t in args):
-        raise InputError("a tensor expression needs its placeholders and its results in the list: "
-                         f"[A, B, C] with C computed, got {[t.op.name for t in args]}")
+    given = [isinstance(t.op, te.PlaceholderOp) for t in args]
+    if all(given) or not any(given):
+        raise InputError(
+            "a tensor expression needs its placeholders and its results in the list: "
+            f"[A, B, C] with C computed, got {[t.op.name for t in args]}"
+        )
     try:
         return from_prim_func(te.create_prim_func(list(args)))
     except InputError:
@@ -45,8 +49,10 @@ def from_prim_func(func: tirx.PrimFunc) -> tvm.IRModule:
     written = _written(func)
     outputs = [b for b in buffers if any(b.same_as(w) for w in written)]
     if not outputs or list(buffers[len(buffers) - len(outputs) :]) != outputs or len(outputs) == len(buffers):
-        raise InputError("the function must read its first buffers and write its last ones; "
-                         f"it takes {[b.name for b in buffers]} and writes {[b.name for b in outputs]}")
+        raise InputError(
+            "the function must read its first buffers and write its last ones; "
+            f"it takes {[b.name for b in buffers]} and writes {[b.name for b in outputs]}"
+        )
     if any(not isinstance(d, tirx.IntImm) for b in buffers for d in b.shape):
         raise InputError("the function's buffers have symbolic sizes, and compiling needs every size")
     inputs = buffers[: len(buffers) - len(outputs)]
@@ -72,8 +78,7 @@ def _written(func: tirx.PrimFunc) -> list[Any]:
     found: list[Any] = []
 
     def visit(node: Any) -> None:
-        if isinstance(node, tirx.BufferStore):
-            found.append(node.buffer)
+        found.append(node.buffer)
 
-    tirx.stmt_functor.post_order_visit(func.body, visit)
+    tvm_ffi.structural_walk(func.body, (tirx.BufferStore, visit))
     return found

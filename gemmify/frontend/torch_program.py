@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import relax
 
 from gemmify.errors import InputError, UnsupportedError
 from gemmify.frontend.load import first_line
+from gemmify.frontend.relax_module import fold
 
 
 def load_pt2(path: Path) -> Any:
@@ -17,7 +17,8 @@ def load_pt2(path: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise InputError(f"reading {path} needs PyTorch, which is not installed: pip install 'gemmify[torch]'") from None
+        message = f"reading {path} needs PyTorch, which is not installed: pip install 'gemmify[torch]'"
+        raise InputError(message) from None
     try:
         return torch.export.load(str(path))
     except Exception as error:  # torch raises RuntimeError, KeyError, zipfile errors ...
@@ -37,5 +38,4 @@ def from_program(program: Any) -> tvm.IRModule:
         mod = from_exported_program(program, keep_params_as_input=False, unwrap_unit_return_tuple=True)
     except Exception as error:  # the importer asserts, or raises NotImplementedError or TVM's errors
         raise UnsupportedError(f"the PyTorch program cannot be imported: {first_line(error)}") from None
-    passes = [relax.transform.DeadCodeElimination(), relax.transform.FoldConstant(), relax.transform.DeadCodeElimination()]
-    return tvm.transform.Sequential(passes)(mod)
+    return fold(mod)

@@ -31,12 +31,15 @@ def check_opsets(model: onnx.ModelProto) -> None:
     if not versions:
         raise InputError("the model does not say which ONNX operator set (opset) it uses")
     if not OLDEST_OPSET <= versions[0] <= newest:
-        raise InputError(f"the model uses opset {versions[0]}, but {OLDEST_OPSET} to {newest} are required: "
-                         "convert it with onnx.version_converter or export it again")
+        raise InputError(
+            f"the model uses opset {versions[0]}, but {OLDEST_OPSET} to {newest} are required: "
+            "convert it with onnx.version_converter or export it again"
+        )
 
 
 def expand_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     """Inline the model's own functions, and operators that the importer lacks but the standard defines by others."""
+
     def missing() -> set[str]:
         return {n.op_type for n in model.graph.node if not supported(n) and n.domain in ("", "ai.onnx")}
 
@@ -57,8 +60,11 @@ def _has_body(op: str) -> bool:
 
 def check_operators(nodes: Iterable[onnx.NodeProto]) -> None:
     """Raises UnsupportedError that names every node whose operator cannot be imported."""
-    bad = [f"{n.op_type} (node {n.name or next(iter(n.output), '')!r}, domain {n.domain or 'ai.onnx'})"
-           for n in nodes if not supported(n)]
+    bad = [
+        f"{n.op_type} (node {n.name or next(iter(n.output), '')!r}, domain {n.domain or 'ai.onnx'})"
+        for n in nodes
+        if not supported(n)
+    ]
     if bad:
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise UnsupportedError(f"the model uses operators that cannot be imported: {', '.join(bad[:_SHOWN])}{more}")

@@ -14,8 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from gemmify.errors import UnsupportedError
-from gemmify.frontend.graph import Graph, attributes, set_attributes
+from gemmify.frontend.graph import Graph, attributes, refuse, set_attributes
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def read_window(graph: Graph, node: onnx.NodeProto) -> Window:
     shape = graph.shape(node.input[0])
     weight = graph.shape(node.input[1]) if len(node.input) > 1 else None
     if shape is None or ("kernel_shape" not in values and weight is None):
-        raise UnsupportedError(f"{node.op_type} (node {node.name!r}) has an input whose shape is known only at run time")
+        raise refuse(node, "of an input whose shape is known only at run time")
     size = shape[2:]
     kernel = tuple(values.get("kernel_shape") or (weight or ())[2:])
     ones = (1,) * len(size)
@@ -52,12 +51,13 @@ def read_window(graph: Graph, node: onnx.NodeProto) -> Window:
     elif mode in ("SAME_UPPER", "SAME_LOWER") and node.op_type != "ConvTranspose":
         pads = _same(size, kernel, stride, dilation, mode)
     if any(p < 0 for p in pads):
-        raise UnsupportedError(f"{node.op_type} (node {node.name!r}) has negative padding {pads}, which cannot be imported")
+        raise refuse(node, f"with negative padding {pads}")
     return Window(size, kernel, stride, dilation, tuple(pads[: len(size)]), tuple(pads[len(size) :]))
 
 
-def _same(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...],
-          mode: str) -> list[int]:
+def _same(
+    size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], mode: str
+) -> list[int]:
     before, after = [], []
     for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
         total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
@@ -70,8 +70,9 @@ def _same(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...
 def resolve_conv(graph: Graph, node: onnx.NodeProto) -> None:
     """Explicit pads, strides, dilations and kernel_shape on a Conv."""
     w = read_window(graph, node)
-    set_attributes(node, auto_pad=None, pads=[*w.before, *w.after], strides=w.stride, dilations=w.dilation,
-                   kernel_shape=w.kernel)
+    set_attributes(
+        node, auto_pad=None, pads=[*w.before, *w.after], strides=w.stride, dilations=w.dilation, kernel_shape=w.kernel
+    )
 
 
 def resolve_conv_transpose(graph: Graph, node: onnx.NodeProto) -> None:
@@ -84,21 +85,31 @@ def resolve_conv_transpose(graph: Graph, node: onnx.NodeProto) -> None:
     same = values.get("auto_pad") in ("SAME_UPPER", "SAME_LOWER")
     target = values.get("output_shape")
     if target is not None or same:
-        sizes = tuple(target)[-len(w.size) :] if target is not None else [n * s for n, s in zip(w.size, w.stride, strict=True)]
+        sizes = [n * s for n, s in zip(w.size, w.stride, strict=True)]
+        sizes = sizes if target is None else list(target)[-len(sizes) :]
         for i, out in enumerate(sizes):
             total = w.stride[i] * (w.size[i] - 1) + extra[i] + w.extent[i] - out
             if total < 0:  # larger than the full result: zeros after it
                 extra[i], total = extra[i] - total, 0
             large = total - total // 2
             before[i], after[i] = (total // 2, large) if values.get("auto_pad") == "SAME_UPPER" else (large, total // 2)
-    if any(e >= max(s, d) for e, s, d in zip(extra, w.stride, w.dilation, strict=True)):
-        raise UnsupportedError(f"ConvTranspose (node {node.name!r}) needs output padding {extra} below its strides {w.stride}")
-    set_attributes(node, auto_pad=None, output_shape=None, pads=[*before, *after], strides=w.stride, dilations=w.dilation,
-                   kernel_shape=w.kernel, output_padding=extra)
+    if any(e >= s for e, s in zip(extra, w.stride, strict=True) if e):
+        raise refuse(node, f"with output padding {extra} that is not below its strides {list(w.stride)}")
+    set_attributes(
+        node,
+        auto_pad=None,
+        output_shape=None,
+        pads=[*before, *after],
+        strides=w.stride,
+        dilations=w.dilation,
+        kernel_shape=w.kernel,
+        output_padding=extra,
+    )
 
 
 def resolve_pool(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Explicit padding without ceil_mode on a pool; where padding counts but rounding up must not, a Pad node before it."""
+    """Explicit padding without ceil_mode on a pool; gives a Pad node to put before it where padding counts, but what
+    rounding up adds must not."""
     values: dict[str, Any] = attributes(node)
     w = read_window(graph, node)
     after = list(w.after)
@@ -120,8 +131,15 @@ def resolve_pool(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         counts = False
     else:
         before = list(w.before)
-    set_attributes(node, auto_pad=None, ceil_mode=None, pads=[*before, *after], strides=w.stride, dilations=w.dilation,
-                   kernel_shape=w.kernel)
+    set_attributes(
+        node,
+        auto_pad=None,
+        ceil_mode=None,
+        pads=[*before, *after],
+        strides=w.stride,
+        dilations=w.dilation,
+        kernel_shape=w.kernel,
+    )
     if node.op_type == "AveragePool":
         set_attributes(node, count_include_pad=int(counts))
     return inserted

@@ -2,7 +2,7 @@
 
 Real weights are not needed to compile or to time a network, but their *size* matters: with a careless scale a deep
 network overflows or its softmax saturates, and a comparison of two outputs then says nothing. The builder therefore
-carries an estimate of the mean square of every tensor, and scales each layer's weights (after He) to give mean square 1.
+carries an estimate of the mean square of every tensor, and scales each layer's weights (after He) to make it 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 OPSET = 17
 IR_VERSION = 8
 
-# By how much max pooling with a k x k window raises the mean square of a rectified map, about; measured on these networks.
+# By how much a k x k max pooling raises the mean square of a rectified map, about; measured on these networks.
 _MAX_POOL_GAIN = {2: 1.6, 3: 2.0}
 
 
@@ -57,8 +57,12 @@ class Builder:
 
     def constant(self, name: str, values: np.ndarray) -> str:
         """An initializer holding `values` as raw little-endian bytes; returns its name."""
-        self.graph.initializer.add(name=name, dims=values.shape, raw_data=values.tobytes(),
-                                   data_type=helper.np_dtype_to_tensor_dtype(values.dtype))
+        self.graph.initializer.add(
+            name=name,
+            dims=values.shape,
+            raw_data=values.tobytes(),
+            data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+        )
         return name
 
     def uniform(self, name: str, shape: tuple[int, ...], low: float, high: float) -> str:
@@ -72,29 +76,51 @@ class Builder:
         limit = (3.0 / (prod(shape[1:]) * power)) ** 0.5  # a uniform on [-a, a] has variance a^2 / 3
         return self.uniform(name, shape, -limit, limit)
 
-    def node(self, op: str, name: str, inputs: Sequence[str], shape: tuple[int, ...], power: float,
-             rectified: bool = False, **attributes: object) -> Tensor:
+    def node(
+        self,
+        op: str,
+        name: str,
+        inputs: Sequence[str],
+        shape: tuple[int, ...],
+        power: float,
+        rectified: bool = False,
+        **attributes: object,
+    ) -> Tensor:
         """A node `name` of one output `name_out`, whose shape and estimated mean square the caller knows."""
         self.graph.node.append(helper.make_node(op, list(inputs), [f"{name}_out"], name=name, **attributes))
         return Tensor(f"{name}_out", shape, power, rectified)
 
-    def conv(self, name: str, x: Tensor, m: int, k: int, stride: int = 1, pad: int = 0, groups: int = 1,
-             bias: bool = True) -> Tensor:
+    def conv(
+        self, name: str, x: Tensor, m: int, k: int, stride: int = 1, pad: int = 0, groups: int = 1, bias: bool = True
+    ) -> Tensor:
         """Conv of `m` output channels, kernel k x k; the result has mean square about 1."""
         n, c, h, w = x.shape
         inputs = [x.name, self._weight(f"{name}_weight", (m, c // groups, k, k), x.power)]
         if bias:
             inputs.append(self.uniform(f"{name}_bias", (m,), -0.1, 0.1))
         out = tuple((size + 2 * pad - k) // stride + 1 for size in (h, w))
-        return self.node("Conv", name, inputs, (n, m, *out), 1.0, kernel_shape=[k, k], strides=[stride] * 2,
-                         pads=[pad] * 4, group=groups)
+        return self.node(
+            "Conv",
+            name,
+            inputs,
+            (n, m, *out),
+            1.0,
+            kernel_shape=[k, k],
+            strides=[stride] * 2,
+            pads=[pad] * 4,
+            group=groups,
+        )
 
     def batch_norm(self, name: str, x: Tensor, scale: float = 1.0) -> Tensor:
         """Batch normalization with statistics near the truth; the result has mean square about `scale`^2."""
         c = (x.channels,)
-        inputs = [x.name, self.uniform(f"{name}_gamma", c, 0.8 * scale, 1.2 * scale),
-                  self.uniform(f"{name}_beta", c, -0.1, 0.1), self.uniform(f"{name}_mean", c, -0.1, 0.1),
-                  self.uniform(f"{name}_var", c, 0.8 * x.power, 1.2 * x.power)]
+        inputs = [
+            x.name,
+            self.uniform(f"{name}_gamma", c, 0.8 * scale, 1.2 * scale),
+            self.uniform(f"{name}_beta", c, -0.1, 0.1),
+            self.uniform(f"{name}_mean", c, -0.1, 0.1),
+            self.uniform(f"{name}_var", c, 0.8 * x.power, 1.2 * x.power),
+        ]
         return self.node("BatchNormalization", name, inputs, x.shape, scale * scale, epsilon=1e-5)
 
     def relu(self, name: str, x: Tensor) -> Tensor:
@@ -111,8 +137,17 @@ class Builder:
     def max_pool(self, name: str, x: Tensor, k: int, stride: int, pads: Sequence[int] = (0, 0, 0, 0)) -> Tensor:
         n, c, h, w = x.shape
         out = ((h + pads[0] + pads[2] - k) // stride + 1, (w + pads[1] + pads[3] - k) // stride + 1)
-        return self.node("MaxPool", name, [x.name], (n, c, *out), x.power * _MAX_POOL_GAIN[k], x.rectified,
-                         kernel_shape=[k, k], strides=[stride] * 2, pads=list(pads))
+        return self.node(
+            "MaxPool",
+            name,
+            [x.name],
+            (n, c, *out),
+            x.power * _MAX_POOL_GAIN[k],
+            x.rectified,
+            kernel_shape=[k, k],
+            strides=[stride] * 2,
+            pads=list(pads),
+        )
 
     def global_average_pool(self, name: str, x: Tensor) -> Tensor:
         n, c = x.shape[:2]
@@ -126,16 +161,18 @@ class Builder:
         return self.node("Concat", name, [x.name for x in xs], (n, c, h, w), power, xs[0].rectified, axis=1)
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        return self.node("Add", name, [x.name, y.name], x.shape, x.power + y.power,
-                         x.rectified or y.rectified)
+        return self.node("Add", name, [x.name, y.name], x.shape, x.power + y.power, x.rectified or y.rectified)
 
     def flatten(self, name: str, x: Tensor) -> Tensor:
         return self.node("Flatten", name, [x.name], (x.shape[0], prod(x.shape[1:])), x.power, x.rectified, axis=1)
 
     def fc(self, name: str, x: Tensor, m: int) -> Tensor:
         """Fully connected layer `Y[n, m] = X[n, c] W[m, c]^T + b`, as a Gemm with transB."""
-        inputs = [x.name, self._weight(f"{name}_weight", (m, x.channels), x.power),
-                  self.uniform(f"{name}_bias", (m,), -0.1, 0.1)]
+        inputs = [
+            x.name,
+            self._weight(f"{name}_weight", (m, x.channels), x.power),
+            self.uniform(f"{name}_bias", (m,), -0.1, 0.1),
+        ]
         return self.node("Gemm", name, inputs, (x.shape[0], m), 1.0, transB=1)
 
     def softmax(self, x: Tensor) -> Tensor:

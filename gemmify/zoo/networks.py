@@ -8,7 +8,7 @@ CLASSES = 1000
 
 
 def alexnet(b: Builder, x: Tensor) -> Tensor:
-    """Krizhevsky et al. 2012 in Caffe's form: LRN before pooling, conv2/4/5 in two groups (Caffe ceils its last pool)."""
+    """Krizhevsky et al. 2012 in Caffe's form: LRN before pooling, conv2/4/5 in two groups, the last pool rounded up."""
     x = b.relu("relu1", b.conv("conv1", x, 96, 11, stride=4))
     x = b.max_pool("pool1", b.lrn("norm1", x), 3, 2)
     x = b.relu("relu2", b.conv("conv2", x, 256, 5, pad=2, groups=2))
@@ -90,6 +90,7 @@ def googlenet(b: Builder, x: Tensor) -> Tensor:
 
 def resnet50(b: Builder, x: Tensor) -> Tensor:
     """He et al. 2015, v1 (stride in the first 1x1 of a block), batch normalization as nodes of its own."""
+
     def conv_bn(name: str, x: Tensor, m: int, k: int, stride: int = 1, scale: float = 1.0) -> Tensor:
         return b.batch_norm(f"{name}_bn", b.conv(name, x, m, k, stride, k // 2, bias=False), scale)
 
@@ -110,6 +111,7 @@ def resnet50(b: Builder, x: Tensor) -> Tensor:
 
 def squeezenet(b: Builder, x: Tensor) -> Tensor:
     """Iandola et al. 2016, version 1.1."""
+
     def fire(i: int, x: Tensor, squeeze: int, expand: int) -> Tensor:
         x = b.relu(f"fire{i}_squeeze_relu", b.conv(f"fire{i}_squeeze1x1", x, squeeze, 1))
         left = b.relu(f"fire{i}_expand1x1_relu", b.conv(f"fire{i}_expand1x1", x, expand, 1))
@@ -127,11 +129,20 @@ def squeezenet(b: Builder, x: Tensor) -> Tensor:
 
 
 # expansion, output channels, repeats, first stride (Sandler et al. 2018, table 2)
-_BOTTLENECKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+_BOTTLENECKS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 def mobilenet_v2(b: Builder, x: Tensor) -> Tensor:
     """Sandler et al. 2018: inverted residuals, depthwise 3x3, ReLU6 (as Clip), batch normalization as nodes."""
+
     def conv_bn(name: str, x: Tensor, m: int, k: int, stride: int = 1, groups: int = 1) -> Tensor:
         return b.batch_norm(f"{name}_bn", b.conv(name, x, m, k, stride, k // 2, groups, bias=False))
 

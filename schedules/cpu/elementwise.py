@@ -8,19 +8,23 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import tvm_ffi
-from tvm import s_tir, sym
+from tvm import s_tir, sym, tirx
+from tvm.ir import TensorLoad
 from tvm.tirx import BufferStore, Var
 
 from ..machine import Machine
 from .blocks import BlockInfo
-from .parallel import SERIAL_WORK, extent, parallelize
-from .tir_tools import collect, constant, flat_index, stride_of
+from .parallel import PIECES_PER_CORE, SERIAL_WORK, extent, parallelize
+from .tir_tools import collect, constant, flat_index, stride_of, uses
 
 # Elements in a piece of a flat loop: long enough that the loop's start is nothing, short enough to balance.
 _CHUNK = 2048
+# Elements below which an inner loop is worth lengthening.
+_SHORT = 256
 _TRANSPOSE_TILE = 16
 _TRANSPOSE_MIN = 8
 
@@ -32,17 +36,15 @@ def schedule_elementwise(sch: s_tir.Schedule, block: BlockInfo, machine: Machine
         return
     if len(loops) == len(block.iters) and _same_order(block):
         _flat(sch, loops, block, machine)
-    elif len(loops) == len(block.iters) and (other := _transposed_axis(block)) is not None:
+        return
+    if len(loops) == len(block.iters) and (other := _transposed_axis(block)) is not None:
         _tiled(sch, loops, other, block, machine)
-    elif len(loops) == 1 and block.work >= SERIAL_WORK:
-        outer, inner = sch.split(loops[0], [None, min(_CHUNK, _pieces(extent(sch, loops[0]), machine))])
-        parallelize(sch, [outer], block.work, machine)
-        del inner
-    elif len(loops) > 1 and all(extent(sch, loop) == 1 for loop in loops[:-1]) and block.work >= SERIAL_WORK:
-        outer, _ = sch.split(loops[-1], [None, min(_CHUNK, _pieces(extent(sch, loops[-1]), machine))])
-        parallelize(sch, [*loops[:-1], outer], block.work, machine)
-    else:
-        parallelize(sch, loops[:-1], block.work, machine)
+        return
+    outer = loops[:-1]
+    if all(extent(sch, loop) == 1 for loop in outer) and block.work >= SERIAL_WORK:
+        last_outer, _ = sch.split(loops[-1], [None, min(_CHUNK, _pieces(extent(sch, loops[-1]), machine))])
+        outer = [*outer, last_outer]
+    parallelize(sch, outer, block.work, machine)
 
 
 def _same_order(block: BlockInfo) -> bool:
@@ -53,10 +55,7 @@ def _same_order(block: BlockInfo) -> bool:
     store = stores[0]
     if [v.name for v in block.write_axes] != [it.var.name for it in block.iters]:
         return False
-    axes = [it.var for it in block.iters]
-    if len(collect(store.value, Var)) > 0 and any(
-        any(var.same_as(axis) for axis in axes) for var in _free_vars(store.value)
-    ):
+    if _uses_axes_itself(store.value, [it.var for it in block.iters]):
         return False
     return all(_same_access(load, store) for load in block.loads)
 
@@ -70,27 +69,40 @@ def _same_access(load: Any, store: BufferStore) -> bool:
     )
 
 
-def _free_vars(value: Any) -> list[Var]:
-    """Variables of an expression outside the indices of its loads."""
-    from tvm.ir import TensorLoad
-
-    inside = [var for load in collect(value, TensorLoad) for var in collect(list(load.indices), Var)]
-    everywhere = collect(value, Var)
-    return [var for var in everywhere if sum(var.same_as(v) for v in everywhere) > sum(var.same_as(v) for v in inside)]
+def _uses_axes_itself(value: Any, axes: list[Var]) -> bool:
+    """Whether the value depends on the position, other than through the indices of its loads."""
+    values = tvm_ffi.structural_map(
+        value, (TensorLoad, lambda load: tirx.const(0, str(load.source.dtype))), order="post"
+    )
+    return uses(values, axes)
 
 
 def _flat(sch: s_tir.Schedule, loops: list[Any], block: BlockInfo, machine: Machine) -> None:
-    fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
-    if block.work < SERIAL_WORK:
-        return
-    outer, _ = sch.split(fused, [None, min(_CHUNK, _pieces(block.points, machine))])
-    parallelize(sch, [outer], block.work, machine)
+    """Trailing axes fused until they are a few hundred elements long: one inner loop whose index stays linear."""
+    position, size = len(loops) - 1, extent(sch, loops[-1])
+    while size < _SHORT and position > 0:
+        position -= 1
+        size *= extent(sch, loops[position])
+    outer, inner = loops[:position], loops[position:]
+    enough = prod(extent(sch, loop) for loop in outer) >= PIECES_PER_CORE * machine.cores
+    longest = _CHUNK if enough else min(_CHUNK, max(_SHORT, _pieces(size, machine)))
+    if size > longest and block.work >= SERIAL_WORK:
+        first, rest = extent(sch, inner[0]), size // extent(sch, inner[0])
+        chunk = longest // rest
+        # Only a divisor keeps the fused index linear; a single axis needs no fusing and may end in a partial chunk.
+        most = chunk if rest == 1 else max(d for d in range(1, max(1, chunk) + 1) if first % d == 0)
+        if most < first:
+            many, few = sch.split(inner[0], [None, most])
+            outer, inner = [*outer, many], [few, *inner[1:]]
+    if len(inner) > 1:
+        sch.fuse(*inner)
+    parallelize(sch, outer, block.work, machine)
 
 
 def _pieces(points: int, machine: Machine) -> int:
     """Elements in a piece such that every core gets some: a multiple of a cache line of float32."""
     line = machine.lanes("float32")
-    return max(line, -(-points // (4 * machine.cores)) // line * line)
+    return max(line, -(-points // (PIECES_PER_CORE * machine.cores)) // line * line)
 
 
 def _transposed_axis(block: BlockInfo) -> int | None:

@@ -12,7 +12,7 @@ from .tir_tools import constant
 # Starting the threads takes about 5 us: what one core does in that time, in elements of simple arithmetic.
 SERIAL_WORK = 16384
 # Pieces a core, so that one late core costs a quarter of its share at most.
-_PIECES_PER_CORE = 4
+PIECES_PER_CORE = 4
 
 
 def extent(sch: s_tir.Schedule, loop: Any) -> int:
@@ -29,7 +29,7 @@ def parallelize(sch: s_tir.Schedule, loops: list[Any], work: int, machine: Machi
     """
     if not loops or work < SERIAL_WORK or machine.cores == 1:
         return loops
-    wanted = _PIECES_PER_CORE * machine.cores
+    wanted = PIECES_PER_CORE * machine.cores
     taken, pieces = 0, 1
     while taken < len(loops) and pieces < wanted:
         pieces *= extent(sch, loops[taken])

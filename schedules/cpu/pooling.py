@@ -7,6 +7,7 @@ input is loaded as part of a vector once a window.
 from __future__ import annotations
 
 from ..machine import Machine
+from .parallel import PIECES_PER_CORE
 
 
 def channel_tile(channels: int, dtype: str, tiles_elsewhere: int, machine: Machine) -> int:
@@ -18,7 +19,7 @@ def channel_tile(channels: int, dtype: str, tiles_elsewhere: int, machine: Machi
     """
     lanes = machine.lanes(dtype)
     most = max(1, machine.vector_registers // 3)
-    enough = 4 * machine.cores
+    enough = PIECES_PER_CORE * machine.cores
     vectors = channels // lanes
     if tiles_elsewhere >= enough and channels <= lanes * machine.vector_registers // 2:
         return channels
