@@ -1,23 +1,24 @@
 """Layer functions -> kernels: each call of a `gemmify.layer` function becomes the `call_tir`s of its lowering.
 
-Weights are transformed here, once: the kernels that pack them are compiled together, run, and their results stay as
-constants. Activations stay channels last; a lowering that works channels first gets explicit conversions around it.
+Weights are transformed here, once, and stay as constants. Activations stay channels last; a lowering that works channels first gets explicit conversions around it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, te
 
 from lowering import ConvProblem, Lowering
 from lowering.base import output_shape
 from lowering.graph.epilogue import LayerSite, describe_layer
 from schedules import Machine
 
+from .fold import evaluate
 from .kernels import Kernel, LayerKernels, layer_kernels
 from .select import Choice, Policy, choose
 
@@ -42,12 +43,12 @@ class _Plan:
 
 
 def lower_layers(
-    mod: tvm.IRModule, machine: Machine, policy: Policy, target: tvm.target.Target
+    mod: tvm.IRModule, machine: Machine, policy: Policy
 ) -> tuple[tvm.IRModule, list[LoweredLayer]]:
     """Replace every layer function that a lowering can express; the others stay Relax. Raises InputError (strict keys,
     layer names of the policy that the model does not have)."""
     plans = _plan_layers(mod, machine, policy)
-    packed = _pack_weights(plans, target)
+    packed = _pack_weights(plans)
     rewriter = _Rewriter(mod, plans, packed)
     return rewriter.run(), rewriter.layers
 
@@ -77,35 +78,26 @@ def _plan_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[st
     return plans
 
 
-def _pack_weights(plans: dict[str, _Plan], target: tvm.target.Target) -> dict[str, dict[str, np.ndarray]]:
-    """Run every weight stage whose weight is known now; by layer function, the constants by stage name."""
-    funcs: dict[str, Any] = {}
-    names: dict[int, str] = {}
-    for plan in plans.values():
-        for kernel in _weight_kernels(plan):
-            if id(kernel.func) not in names:
-                names[id(kernel.func)] = f"pack_{len(names)}"
-                funcs[names[id(kernel.func)]] = kernel.func.with_attr("global_symbol", names[id(kernel.func)])
-    if not funcs:
+def _pack_weights(plans: dict[str, _Plan]) -> dict[str, dict[str, np.ndarray]]:
+    """The weight stages whose weight is known now, folded; by layer function, the constants by stage name.
+
+    Layers fold side by side: numpy leaves the interpreter's lock while it copies.
+    """
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(plans, pool.map(_pack_layer, plans.values()), strict=True))
+
+
+def _pack_layer(plan: _Plan) -> dict[str, np.ndarray]:
+    if not isinstance(plan.site.weight, np.ndarray):
         return {}
-    library = tvm.compile(tvm.IRModule(funcs), target=target)
-    result: dict[str, dict[str, np.ndarray]] = {}
-    for name, plan in plans.items():
-        tensors = {"weight": tvm.runtime.tensor(np.ascontiguousarray(plan.site.weight))} if _constant(plan) else {}
-        for kernel in _weight_kernels(plan):
-            out = tvm.runtime.empty(kernel.shape, plan.site.problem.dtype)
-            library[names[id(kernel.func)]](*(tensors[r] for r in kernel.reads), out)
-            tensors[kernel.name] = out
-        result[name] = {k: v for k, v in tensors.items() if k != "weight"}
-    return result
-
-
-def _constant(plan: _Plan) -> bool:
-    return isinstance(plan.site.weight, np.ndarray)
-
-
-def _weight_kernels(plan: _Plan) -> list[Kernel]:
-    return [k for k in plan.kernels.kernels if k.kind == "weight"] if _constant(plan) else []
+    dtype = plan.site.problem.dtype
+    arrays = {"weight": plan.site.weight}
+    for stage in plan.choice.lowering.build(plan.site.problem, plan.choice.tile):
+        if stage.kind == "weight":
+            inputs = [te.placeholder(arrays[r].shape, dtype, name=r) for r in stage.reads]
+            known = {t: arrays[r] for t, r in zip(inputs, stage.reads, strict=True)}
+            arrays[stage.name] = evaluate(stage.compute(*inputs), known)
+    return {name: array for name, array in arrays.items() if name != "weight"}
 
 
 class _Rewriter:

@@ -82,7 +82,7 @@ def compile_model(
         mod = lowering_graph(mod)
     stages.dump("canonical", mod)
     with stages("lower"):
-        mod, layers = lower_layers(mod, machine, policy, resolved)
+        mod, layers = lower_layers(mod, machine, policy)
     stages.dump("lowered", mod)
     with stages("fuse"):
         mod = fuse_rest(mod, resolved)

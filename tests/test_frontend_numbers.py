@@ -102,6 +102,8 @@ OPERATORS = {
     "transpose": single("Transpose", [[2, 3, 4]], perm=[2, 0, 1]),
     "concat": single("Concat", [[2, 3], [2, 1]], axis=1),
     "einsum": single("Einsum", [[2, 3], [3, 4]], equation="ij,jk->ik"),
+    "swish-by-its-definition": single("Swish", [[3, 4]], opset=24),
+    "mean-variance-norm": single("MeanVarianceNormalization", [[2, 3, 4, 4]]),
     "celu-by-its-definition": single("Celu", [[3, 4]], alpha=0.7),
 }
 
@@ -208,6 +210,28 @@ def test_float16_and_float64() -> None:
         assert imported.inputs[0].dtype == np.dtype(dtype).name
 
 
+def test_upsample_of_opset_7_and_resize_of_opset_10_repeat_pixels() -> None:
+    """onnx's reference has neither of these old forms."""
+    x = normal(1, 2, 3, 4)
+    scales = np.array([1, 1, 2, 3], np.float32)
+    for model in (
+        single("Upsample", [x.shape], opset=7, scales=scales.tolist()),
+        single("Resize", [x.shape], [scales], opset=10, mode="nearest"),
+    ):
+        np.testing.assert_array_equal(run(import_model(model), {"x0": x})[0], x.repeat(2, axis=2).repeat(3, axis=3))
+
+
+@pytest.mark.parametrize("opset", [9, 10, 17])
+def test_top_k_keeps_both_outputs(opset: int) -> None:
+    """k is an attribute before opset 10."""
+    inputs, attributes = (["x"], {"k": 3}) if opset < 10 else (["x", "k"], {})
+    node = helper.make_node("TopK", inputs, ["values", "indices"], **attributes)
+    model = make_model([node], {"x": [3, 7]}, ["values"], {"k": ints(3)}, opset=opset)
+    x = normal(3, 7)
+    wanted = -np.sort(-x, axis=1)[:, :3]
+    np.testing.assert_array_equal(run(import_model(model), {"x": x})[0], wanted)
+
+
 def test_integer_inputs_keep_their_dtype() -> None:
     nodes = [helper.make_node("Gather", ["w", "x"], ["y"])]
     model = make_model(
@@ -229,7 +253,8 @@ def test_everything_above_matches_onnx_runtime(tmp_path: Path) -> None:
     """In a process of its own: two compilers' thread pools in one process disturb each other."""
     pytest.importorskip("onnxruntime")
     cases = {**WINDOWS, **OPERATORS, **{name: pair[0] for name, pair in EQUAL.items()}}
-    cases = {name: model for name, model in cases.items() if name != "average-pool-dilated"}  # it has no such kernel
+    # ONNX Runtime refuses dilation with auto_pad, and computes a negative padding for strides above the kernel.
+    cases = {k: v for k, v in cases.items() if k not in ("conv1d-same-dilated", "max-pool-same-upper")}
     feeds = {}
     for name, model in cases.items():
         feeds[name] = {s.name: normal(*s.shape) for s in import_model(model).inputs}

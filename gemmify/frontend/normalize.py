@@ -43,9 +43,12 @@ def resolve(graph: Graph) -> None:
 
 
 def _drop_unused_outputs(node: onnx.NodeProto, used: set[str]) -> None:
+    """The importer gives these operators their first output only; the others are optional."""
+    if node.op_type not in ("MaxPool", "BatchNormalization", "Dropout", "LayerNormalization"):
+        return
     keep = max((i + 1 for i, name in enumerate(node.output) if name in used), default=1)
     del node.output[keep:]
-    if node.op_type in ("MaxPool", "BatchNormalization", "Dropout") and keep > 1:
+    if keep > 1:
         raise refuse(node, f"whose extra output {node.output[keep - 1]!r} is used")
 
 
@@ -106,10 +109,13 @@ def _slice(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _top_k(graph: Graph, node: onnx.NodeProto) -> None:
-    values: dict[str, Any] = attributes(node)
-    if "k" in values:
-        node.input.append(graph.add_constant(f"{node.name}_k", np.array([values["k"]], np.int64)))
-        set_attributes(node, k=None)
+    """Opset 10's input k becomes opset 1's attribute, which is what the importer reads below opset 11."""
+    if graph.opset == 10:
+        count = graph.constants.get(node.input[1])
+        if count is None:
+            raise refuse(node, "with a k known only at run time")
+        set_attributes(node, k=int(count.item()))
+        del node.input[1:]
 
 
 def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
@@ -130,6 +136,10 @@ def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
     )
 
 
+# What TVM's resize knows; its tf_crop_and_resize would need the region of interest, which is left out.
+_COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+
+
 def _resize(graph: Graph, node: onnx.NodeProto) -> None:
     """Every Resize gets constant `sizes` of full rank; TVM derives the scales from them, so they must agree."""
     if node.op_type == "Upsample" or graph.opset <= 10:
@@ -137,6 +147,8 @@ def _resize(graph: Graph, node: onnx.NodeProto) -> None:
     values: dict[str, Any] = attributes(node)
     if values.get("antialias") or values.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise refuse(node, "with antialias or keep_aspect_ratio_policy")
+    if values.get("coordinate_transformation_mode", "half_pixel") not in _COORDINATES:
+        raise refuse(node, f"with coordinate_transformation_mode {values['coordinate_transformation_mode']}")
     before, after = graph.shape(node.input[0]), graph.shape(node.output[0])
     if before is None or after is None or before[:2] != after[:2] or len(before) not in (3, 4, 5):
         raise refuse(node, "of a size known only at run time, or of other than the last one to three axes")
@@ -150,8 +162,6 @@ def _resize(graph: Graph, node: onnx.NodeProto) -> None:
     sizes = graph.add_constant(f"{node.name}_sizes", np.array(after, np.int64))
     del node.input[1:]
     node.input.extend(["", "", sizes])
-    if values.get("coordinate_transformation_mode") == "tf_crop_and_resize":
-        raise refuse(node, "with coordinate_transformation_mode tf_crop_and_resize")
     set_attributes(node, axes=None, keep_aspect_ratio_policy=None, antialias=None)
 
 

@@ -14,6 +14,7 @@ OLDEST_OPSET = 7
 _CONTROL_FLOW = {"If", "Loop", "Scan"}
 _CONTRIB = "com.microsoft"
 _SHOWN = 12
+_INFERRED_AS_FUNCTIONS = {"MeanVarianceNormalization"}  # onnx infers their shapes through their function bodies
 
 
 def supported(node: onnx.NodeProto) -> bool:
@@ -46,9 +47,23 @@ def expand_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     functions = [("", op) for op in sorted(missing()) if op not in _CONTROL_FLOW and _has_body(op)]
+    _write_defaults(model, {op for _, op in functions} | _INFERRED_AS_FUNCTIONS)
     if functions:
         model = onnx.inliner.inline_selected_functions(model, functions, inline_schema_functions=True)
     return model
+
+
+def _write_defaults(model: onnx.ModelProto, ops: set[str]) -> None:
+    """Write the default of every attribute that a node leaves out: onnx leaves references to them open."""
+    version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    for node in model.graph.node:
+        if node.op_type not in ops or node.domain not in ("", "ai.onnx"):
+            continue
+        present = {a.name for a in node.attribute}
+        for name, attribute in onnx.defs.get_schema(node.op_type, version, "").attributes.items():
+            default = attribute.default_value
+            if name not in present and default is not None and default.name:
+                node.attribute.append(default)
 
 
 def _has_body(op: str) -> bool:
