@@ -95,7 +95,9 @@ def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: 
     together); transforms and workspaces (written once, read once, from the shared cache) come on top.
     """
     gemm = modelled_cycles(tile_request(lowering, problem), machine, tile.mr, tile.nr) * cost.read_factor
-    weights = cost.weight_bytes / machine.memory_bytes_per_cycle
+    cached = cost.weight_bytes <= machine.l3_bytes
+    again = machine.shared_bytes_per_cycle if cached else machine.memory_bytes_per_cycle
+    weights = cost.weight_bytes * (1 / machine.memory_bytes_per_cycle + (cost.weight_reads - 1) / again)
     transforms = cost.extra_flops / machine.lanes(problem.dtype)
     workspace = 2 * cost.workspace_bytes / machine.shared_bytes_per_cycle
     return (max(gemm, weights) + min(gemm, weights) / 4 + transforms + workspace) / machine.cores

@@ -91,7 +91,8 @@ class LoweringCost:
 
     `error_growth` is the expected relative error in units of the dtype's rounding unit: about `sqrt(k)` for a plain
     dot product of length `k`. `read_factor` is how much dearer than a plain load each element of A is (conditions,
-    gathers); `extra_flops` counts vectorisable operations outside the GEMM (transforms).
+    gathers); `extra_flops` counts vectorisable operations outside the GEMM (transforms);
+    `weight_reads` is how many times all weights stream past, once a block of rows.
     """
 
     gemms: tuple[GemmShape, ...]
@@ -103,6 +104,7 @@ class LoweringCost:
     workspace: dict[str, int] = field(default_factory=dict)
     read_factor: float = 1.0
     extra_flops: int = 0
+    weight_reads: int = 1
 
 
 @dataclass(frozen=True)

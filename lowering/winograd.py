@@ -35,7 +35,7 @@ POINTS = tuple(Fraction(p) for p in (0, 1, -1, Fraction(1, 2), -2, 2, Fraction(-
 
 # The transformed tiles of one block should stay in a core's own cache.
 BLOCK_BYTES = 640 << 10
-BLOCK_TILES = 48
+BLOCK_TILES = 64
 # From this many blocks on, blocks alone keep the cores busy and the input transform is fused into them.
 FUSE_BLOCKS = 8
 FUSE_TILES = 12
@@ -214,6 +214,7 @@ class Winograd(Lowering):
             error_growth=problem.c**0.5 * float(_amplification(self.m, form.r)),
             workspace=workspace,
             extra_flops=transform,
+            weight_reads=problem.n * form.blocks[0] * form.blocks[1],
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:

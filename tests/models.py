@@ -153,8 +153,8 @@ def _roles(graph: onnx.GraphProto) -> dict[str, str]:
 def _values(role: str, shape: tuple[int, ...], rng: np.random.Generator, residual: bool) -> np.ndarray:
     values = rng.random(shape, dtype=np.float32)
     if role == "weight":
-        # He: variance 2 / fan-in keeps the mean square through a ReLU; matrices feed the softmax and get half of that.
-        limit = ((6.0 if len(shape) == 4 else 3.0) / max(prod(shape[1:]), 1)) ** 0.5
+        # He: variance 2 / fan-in keeps the mean square through a ReLU, which few matrices and depthwise layers have.
+        limit = ((6.0 if len(shape) == 4 and shape[1] > 1 else 3.0) / max(prod(shape[1:]), 1)) ** 0.5
         low, high = -limit, limit
     elif role == "scale":
         low, high = (0.3, 0.6) if residual else (0.5, 1.0)  # small branches, so that sums do not grow block by block
