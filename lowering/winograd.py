@@ -28,6 +28,7 @@ from .tile_gemm import AXES_ANNOTATION
 from .window import activation_bytes
 
 CHAIN_ANNOTATION = "gemmify.chain"
+BLOCK_ANNOTATION = "gemmify.block"
 Matrix = tuple[tuple[Fraction, ...], ...]
 
 # Interpolation points in the order in which Cook-Toom takes them: small integers and their inverses round least.
@@ -316,24 +317,26 @@ def _multiply(
         lambda n, y, x, p, i, j, q, s: acc(n, y, x, p, i, j, q // tile.mr, q % tile.mr, s),
         name="winograd_product",
     )
-    rows = te.compute(
-        (*grid, form.bh, form.bw, m, a, tile.nr),
-        lambda n, y, x, p, qy, qx, i, j, s: _row(
-            i, at, lambda l: product(n, y, x, p, l, j, qy * form.bw + qx, s), dtype
-        ),
-        name="winograd_output_rows",
-    )
+    tiles_grid = (problem.n, form.th, form.tw, panels)
+
+    def position(ty: Any, tx: Any) -> tuple[Any, Any, Any]:
+        return ty // form.bh, tx // form.bw, (ty % form.bh) * form.bw + tx % form.bw
+
+    def product_row(n: Any, ty: Any, tx: Any, p: Any, i: Any, j: Any, s: Any) -> Any:
+        y, x, q = position(ty, tx)
+        return _row(i, at, lambda l: product(n, y, x, p, l, j, q, s), dtype)
+
+    rows = te.compute((*tiles_grid, m, a, tile.nr), product_row, name="winograd_output_rows")
     tiles = te.compute(
-        (*grid, form.bh, form.bw, m, m, tile.nr),
-        lambda n, y, x, p, qy, qx, i, j, s: _row(j, at, lambda l: rows(n, y, x, p, qy, qx, i, l, s), dtype),
+        (*tiles_grid, m, m, tile.nr),
+        lambda n, ty, tx, p, i, j, s: _row(j, at, lambda l: rows(n, ty, tx, p, i, l, s), dtype),
         name="winograd_output",
-        attrs={CHAIN_ANNOTATION: "ooo" + "p" + "rruuv"},
+        attrs={CHAIN_ANNOTATION: "obbpuuv", BLOCK_ANNOTATION: [form.bh, form.bw]},
     )
 
     def element(n: Any, y: Any, x: Any, ch: Any) -> Any:
-        ty, tx = y // m, x // m
-        at_tile = (ty % form.bh, tx % form.bw, y % m, x % m, ch % tile.nr)
-        return epilogue(tiles(n, ty // form.bh, tx // form.bw, ch // tile.nr, *at_tile), (n, y, x, ch))
+        value = tiles(n, y // m, x // m, ch // tile.nr, y % m, x % m, ch % tile.nr)
+        return epilogue(value, (n, y, x, ch))
 
     return te.compute((problem.n, *problem.out_size, problem.m), element, name="gemm")
 

@@ -1,7 +1,8 @@
 """Schedules of short chains of small linear maps around a GEMM, each held in registers.
 
 A block annotated `gemmify.chain` names its axes with one letter each: `o` an outer axis, `p` an outer axis that is a
-panel, `r` a serial one, `u` one that is unrolled, `v` the one that is vectorised. Its producers are small maps of the
+panel, `r` a serial one, `b` one of blocks (split by the sizes in `gemmify.block` into an `o` and an `r`), `u` one that is
+unrolled, `v` the one that is vectorised. Its producers are small maps of the
 same element; they are computed just before it, one vector at a time, in local buffers with constant indices, which LLVM
 keeps in registers.
 """
@@ -16,6 +17,7 @@ from tvm import s_tir
 from ..machine import Machine
 
 CHAIN_ANNOTATION = "gemmify.chain"
+BLOCK_ANNOTATION = "gemmify.block"
 
 
 def find_chain_blocks(sch: s_tir.Schedule, func_name: str = "main") -> list[Any]:
@@ -36,8 +38,14 @@ def schedule_chain(
     lanes = machine.lanes(str(sch.get(block).writes[0].source.dtype))
     loops = sch.get_loops(block)[-len(letters) :] if at is None else _loops_below(sch, block, at, len(letters))
     by_letter: dict[str, list[Any]] = {letter: [] for letter in "opruv"}
+    sizes = [int(size) for size in sch.get(block).annotations.get(BLOCK_ANNOTATION, ())]
     for loop, letter in zip(loops, letters, strict=True):
-        by_letter[letter].append(loop)
+        if letter == "b":
+            grid, within = sch.split(loop, [None, sizes.pop(0)])
+            by_letter["o"].append(grid)
+            by_letter["r"].append(within)
+        else:
+            by_letter[letter].append(loop)
     producers = _producers(sch, block, stop)
     v = by_letter["v"][0]
     vector = gcd(int(sch.get(v).extent), lanes)
