@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import tvm
 from tvm import te, tirx
-from tvm_ffi.core import ObjectConvertible
 
 from .problem import ConvProblem, Problem
 
@@ -121,7 +120,7 @@ class Stage:
     kind: Literal["weight", "workspace", "output"]
 
 
-class Lowering(ObjectConvertible, ABC):
+class Lowering(ABC):
     """One way to compute a layer as matrix multiplications. Subclasses state the paper, the equation and the shapes.
 
     `key` is the name that plans, logs, the command line and the tests use. `layout` is the layout of the activations
@@ -142,8 +141,8 @@ class Lowering(ObjectConvertible, ABC):
     def __init__(self, tile: Tile | None = None) -> None:
         self.tile = tile
 
-    def asobject(self) -> tvm.transform.Pass:
-        """The TVM pass that this lowering is; `Sequential` asks for it."""
+    def as_pass(self) -> tvm.transform.Pass:
+        """The TVM pass that this lowering is."""
         from .passes import lower_module
 
         def run(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
@@ -151,9 +150,13 @@ class Lowering(ObjectConvertible, ABC):
 
         return tvm.transform.module_pass(run, opt_level=0, name=f"lowering.{self.key}")
 
+    def __tvm_ffi_object__(self) -> tvm.transform.Pass:
+        """What `Sequential` asks for. (ObjectConvertible would do, were this class not callable: that is asked first.)"""
+        return self.as_pass()
+
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
         """The module with this lowering applied to every PrimFunc that it can rewrite; the others are untouched."""
-        return self.asobject()(mod)
+        return self.as_pass()(mod)
 
     @abstractmethod
     def applicable(self, problem: Problem) -> Reason | None:

@@ -13,7 +13,7 @@ import numpy as np
 from tvm.ir import prim
 
 from .problem import ConvProblem, DenseProblem, Problem
-from .raise_te import Block, NotUnderstood, Var, evaluate, grid, loads, shape_of, substitute, variables
+from .raise_te import Block, Load, NotUnderstood, Var, evaluate, grid, loads, shape_of, substitute, variables
 
 BATCH, CHANNEL = "n", "c"
 Role = str | int
@@ -94,12 +94,17 @@ class Match:
         """The one variable that counts: of several, those of extent 1 do not."""
         wide = [v for v in candidates if self._wide(v)]
         if len(wide) > 1:
-            raise NotUnderstood(f"needs {what} of one variable, found {', '.join(v.name for v in wide)}")
+            raise NotUnderstood(f"needs {what}, found {', '.join(str(v.name) for v in wide)}")
         return (wide or list(candidates) or [None])[0]
 
     def _output_channel(self) -> Any | None:
+        """The output axis that the weight depends on; the weight must be one element, each axis moved by one variable."""
+        if not isinstance(self.weight, Load):
+            raise NotUnderstood(f"needs factors that are elements of a tensor, found {self.weight}")
+        for index in self.weight.indices:
+            self._one(variables(index), "each axis of the weight moved by at most one variable")
         spatial = [v for v in variables(self.weight) if among(v, self.block.spatial)]
-        return self._one(spatial, "a weight that depends on one axis of the output:")
+        return self._one(spatial, "a weight that depends on one axis of the output")
 
     def _assign_roles(self) -> None:
         used: list[Any] = []
@@ -107,8 +112,8 @@ class Match:
             of = [v for v in variables(axis.index) if self._wide(v) or not among(v, used)]
             outs = [v for v in of if among(v, self.block.spatial) and not same(v, self.m)]
             taps = [v for v in of if among(v, self.block.reduction)]
-            axis.out = self._one(outs, "each axis of the data moved by at most one output axis:")
-            axis.tap = self._one(taps, "each axis of the data moved by at most one reduction axis:")
+            axis.out = self._one(outs, "each axis of the data moved by at most one output axis")
+            axis.tap = self._one(taps, "each axis of the data moved by at most one reduction axis")
             if self.m is not None and self._wide(self.m) and among(self.m, of):
                 axis.role = CHANNEL
             used += of

@@ -24,7 +24,7 @@ from tvm import te, tirx
 from .base import Reason, Tile, activation_shape, output_shape, weight_shape
 from .match import BATCH, CHANNEL, Recognized, Role
 from .problem import ConvProblem, Problem
-from .raise_te import NotUnderstood, integer, raise_block, raise_value, shape_of
+from .raise_te import NotUnderstood, integer, raise_block, raise_value, shape_of, substitute
 from .recognize import recognize
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def lower_func(lowering: Lowering, func: tirx.PrimFunc) -> tirx.PrimFunc | Reaso
         lowered = _compose(lowering, func, found)
     except NotUnderstood as error:
         return Reason(str(error))
-    return lowered.with_attrs(dict(func.attrs)) if func.attrs is not None else lowered
+    return lowered if func.attrs is None else lowered.with_attrs(dict(func.attrs))
 
 
 def pass_tile(lowering: Lowering, problem: Problem) -> Tile:
@@ -86,7 +86,10 @@ def _compose(lowering: Lowering, func: tirx.PrimFunc, found: Recognized) -> tirx
     for at, block in enumerate(found.blocks):
         tensor = _layer(lowering, found, tensors) if at == found.at else raise_block(block, tensors)
         tensors[block.buffer] = tensor
-    return te.create_prim_func([tensors[param] for param in func.params])
+    lowered = te.create_prim_func([tensors[param] for param in func.params])
+    # The parameters are the function's own buffers again, names included.
+    own = dict(zip(lowered.params, func.params, strict=True))
+    return tirx.PrimFunc(func.params, substitute(lowered.body, own), func.ret_type)
 
 
 def _layer(lowering: Lowering, found: Recognized, tensors: dict[Any, te.Tensor]) -> te.Tensor:

@@ -3,7 +3,7 @@
 What counts is what is computed, never a name. The one reduction of the function must be `out += a b` from 0, with
 
     a = I[one index an axis], zero outside its tensor where a condition or a pad block says so
-    b = any expression of the output channel, the kernel position and the input channel alone: the weight
+    b = W[each axis an expression of one of: output channel, kernel position, input channel]
 
 in any order of axes. Strategy:
 

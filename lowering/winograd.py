@@ -172,8 +172,8 @@ class Winograd(Lowering):
         assert isinstance(problem, ConvProblem)
         if problem.dims != 2:
             return Reason(f"needs 2 spatial dimensions, got {problem.dims}")
-        if problem.groups != 1:
-            return Reason(f"needs groups 1, got {problem.groups}")
+        if problem.groups == problem.c:
+            return Reason(f"needs more than one channel a group, got groups = C = {problem.groups}")
         if problem.stride != (1, 1):
             return Reason(f"needs stride 1, got {problem.stride[0]}x{problem.stride[1]}")
         if problem.dilation != (1, 1):
@@ -190,7 +190,15 @@ class Winograd(Lowering):
         form = form_of(problem, self.m)
         by, bx = form.blocks
         outer = problem.n * by * bx * form.alpha**2
-        return GemmAxes(outer, form.tiles, problem.m, problem.c, mr_divides=True)
+        # A panel of channels must lie within one group.
+        return GemmAxes(
+            outer * problem.groups,
+            form.tiles,
+            problem.m_group,
+            problem.c_group,
+            nr_divides=problem.groups > 1,
+            mr_divides=True,
+        )
 
     def fused(self, problem: ConvProblem) -> bool:
         """Whether the input transform runs inside each block (no V in memory) or ahead of all of them."""
@@ -202,17 +210,17 @@ class Winograd(Lowering):
         form = form_of(problem, self.m)
         positions, tiles = form.alpha**2, problem.n * form.th * form.tw
         columns = ceil_div(problem.m, tile.nr) * tile.nr
-        weights = problem.element * positions * problem.c * columns
+        weights = problem.element * positions * problem.c_group * columns
         workspace = {} if self.fused(problem) else {"winograd_input": problem.element * positions * tiles * problem.c}
         bt, at = _terms(transforms(form.m, form.r).bt), _terms(transforms(form.m, form.r).at)
         transform = tiles * (2 * form.alpha * bt * problem.c + (form.alpha + form.m) * at * columns)
         return LoweringCost(
-            gemms=(GemmShape(tiles, problem.m, problem.c, positions),),
-            macs=positions * tiles * problem.c * columns,
+            gemms=(GemmShape(tiles, problem.m_group, problem.c_group, positions * problem.groups),),
+            macs=positions * tiles * problem.c_group * columns,
             bytes_moved=activation_bytes(problem) + weights + 2 * sum(workspace.values()),
             workspace_bytes=sum(workspace.values()),
             weight_bytes=weights,
-            error_growth=problem.c**0.5 * float(_amplification(self.m, form.r)),
+            error_growth=problem.c_group**0.5 * float(_amplification(self.m, form.r)),
             workspace=workspace,
             extra_flops=transform,
             weight_reads=problem.n * form.blocks[0] * form.blocks[1],
@@ -255,7 +263,7 @@ def _transform_weight(problem: ConvProblem, form: _Form, tile: Tile, weight: te.
     """`U = G g G^T`: `(M, r, r, C)` to `[M/nr][alpha][alpha][C][nr]`, zeros past the last channel."""
     g, a, dtype = transforms(form.m, form.r).g, form.alpha, problem.dtype
     rows = te.compute(
-        (problem.m, a, form.r, problem.c),
+        (problem.m, a, form.r, problem.c_group),
         lambda m, i, k, c: _row(i, g, lambda s: weight(m, s, k, c), dtype),
         name="winograd_weight_rows",
     )
@@ -265,7 +273,7 @@ def _transform_weight(problem: ConvProblem, form: _Form, tile: Tile, weight: te.
         value = _row(j, g, lambda s: rows(tirx.min(m, problem.m - 1), i, s, c), dtype)
         return value if problem.m % tile.nr == 0 else tirx.Select(m < problem.m, value, tirx.const(0, dtype))
 
-    shape = (ceil_div(problem.m, tile.nr), a, a, problem.c, tile.nr)
+    shape = (ceil_div(problem.m, tile.nr), a, a, problem.c_group, tile.nr)
     return te.compute(shape, element, name="packed", attrs={CHAIN_ANNOTATION: "ouurv"})
 
 
@@ -304,11 +312,17 @@ def _multiply(
     """The alpha^2 GEMMs of a block, a panel of channels at a time, and the inverse transform `Y = A^T M A`."""
     at, a, dtype, m = transforms(form.m, form.r).at, form.alpha, problem.dtype, form.m
     (by, bx), panels = form.blocks, ceil_div(problem.m, tile.nr)
-    k = te.reduce_axis((0, problem.c), name="k0")
+    k = te.reduce_axis((0, problem.c_group), name="k0")
+    per_group = problem.m_group // tile.nr
     grid = (problem.n, by, bx, panels)
+
+    def multiply(n: Any, y: Any, x: Any, p: Any, i: Any, j: Any, t: Any, r: Any, s: Any) -> Any:
+        channel = k if problem.groups == 1 else p // per_group * problem.c_group + k
+        return te.sum(v(n, y, x, i, j, t * tile.mr + r, channel) * packed(p, i, j, k, s), axis=k)
+
     acc = te.compute(
         (*grid, a, a, form.tiles // tile.mr, tile.mr, tile.nr),
-        lambda n, y, x, p, i, j, t, r, s: te.sum(v(n, y, x, i, j, t * tile.mr + r, k) * packed(p, i, j, k, s), axis=k),
+        multiply,
         name="gemm_acc",
         attrs={AXES_ANNOTATION: "ooopootij"},
     )

@@ -93,7 +93,8 @@ def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Gemm
         sch.unroll(innermost)
     unroll_tile(sch, by_letter["i"][0], by_letter["j"][0], lanes)
     init = sch.decompose_reduction(block, reduction[0])
-    unroll_tile(sch, *sch.get_loops(init)[-2:], lanes)
+    init_i, init_j = sch.get_loops(init)[-2:]
+    unroll_tile(sch, init_i, init_j, lanes)
     _schedule_store(sch, consumer, at, lanes)
 
 

@@ -62,8 +62,9 @@ def _schedule_product(sch: s_tir.Schedule, gemm: Any, product: Any, lanes: int) 
     sch.reverse_compute_at(product, at, preserve_unit_loops=True)
     unroll_tile(sch, spatial["i"][0], spatial["j"][0], lanes)
     init = sch.decompose_reduction(gemm, reduction[0])
-    unroll_tile(sch, *sch.get_loops(init)[-2:], lanes)
-    unroll_tile(sch, *sch.get_loops(product)[-2:], lanes)
+    for block in (init, product):
+        i, j = sch.get_loops(block)[-2:]
+        unroll_tile(sch, i, j, lanes)
 
 
 def _serial_loops(sch: s_tir.Schedule, block: Any, outer: list[Any]) -> list[Any]:
