@@ -126,7 +126,7 @@ class Lowering(ABC):
     `key` is the name that plans, logs, the command line and the tests use. `layout` is the layout of the activations
     that it reads and writes: "NHWC" (channels last) or "NCHW".
 
-    Each instance is a TVM pass as well, on its own or in a `tvm.transform.Sequential`: `lowering.Im2col()(mod)` rewrites
+    Each instance is a TVM pass as well, alone or in a `tvm.transform.Sequential`: `lowering.Im2col()(mod)` rewrites
     every unscheduled PrimFunc that computes a layer to which it applies, see `lowering.passes`. `tile` is the register
     tile of that pass; None takes a modest one, because the pass knows no target.
     """
@@ -151,7 +151,7 @@ class Lowering(ABC):
         return tvm.transform.module_pass(run, opt_level=0, name=f"lowering.{self.key}")
 
     def __tvm_ffi_object__(self) -> tvm.transform.Pass:
-        """What `Sequential` asks for. (ObjectConvertible would do, were this class not callable: that is asked first.)"""
+        """What `Sequential` asks for; ObjectConvertible would not do, a callable is taken for a function before."""
         return self.as_pass()
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:

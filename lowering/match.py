@@ -98,7 +98,7 @@ class Match:
         return (wide or list(candidates) or [None])[0]
 
     def _output_channel(self) -> Any | None:
-        """The output axis that the weight depends on; the weight must be one element, each axis moved by one variable."""
+        """The output axis that the weight depends on; the weight is one element, each axis moved by one variable."""
         if not isinstance(self.weight, Load):
             raise NotUnderstood(f"needs factors that are elements of a tensor, found {self.weight}")
         for index in self.weight.indices:

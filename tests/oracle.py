@@ -19,7 +19,7 @@ UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 
 def reference(problem: Problem, data: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The layer in float64: `(N, *out, M)` from `(N, *size, C)` and `(M, *kernel, C/g)`, or `(n, m)` of a dense layer."""
+    """The layer in float64: `(N, *out, M)` from `(N, *size, C)` and `(M, *kernel, C/g)`, or dense `(n, m)`."""
     data, weight = data.astype("float64"), weight.astype("float64")
     if isinstance(problem, DenseProblem):
         return data @ weight.T
@@ -85,7 +85,7 @@ DTYPES = st.sampled_from(["float32", "float32", "float32", "float64"])
 
 @st.composite
 def random_conv(draw: st.DrawFn, max_macs: int = 400_000) -> ConvProblem:
-    """A convolution of 1 to 3 dimensions: odd sizes, strides, dilations, uneven pads, groups, depthwise with multiplier."""
+    """A convolution of 1 to 3 dimensions: odd sizes, strides, dilations, uneven pads, groups, depthwise, multiplier."""
     dims = draw(st.sampled_from([1, 2, 2, 2, 2, 3]))
     groups, c, m = draw(_channels())
     most = {1: 40, 2: 15, 3: 6}[dims]

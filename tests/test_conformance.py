@@ -1,8 +1,8 @@
 """Every lowering that applies, on more than 500 random layers with random epilogues, against float64.
 
 Everything that a kernel writes is NaN beforehand, so that an element left out shows. The kernels of one batch of layers
-are compiled together. Beside the numbers, what `cost` reports must be what is allocated, to the byte. The first parts run by
-default, the others with `-m slow`: compiling a layer in one lowering takes about 0.2 s.
+are compiled together. Beside the numbers, what `cost` reports must be what is allocated, to the byte. The first parts
+run by default, the others with `-m slow`: compiling a layer in one lowering takes about 0.2 s.
 """
 
 from __future__ import annotations

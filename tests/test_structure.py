@@ -99,7 +99,7 @@ def test_costs_are_consistent(problem: Problem) -> None:
 @QUICK
 @given(random_problem())
 def test_stages_form_a_chain(problem: Problem) -> None:
-    """Stages read only what stands before them, the last alone writes the output, and workspaces are those of the cost."""
+    """Stages read what stands before them, the last alone writes the output, and workspaces are those of the cost."""
     for low in LOWERINGS.values():
         if low.applicable(problem) is not None:
             continue

@@ -15,7 +15,7 @@ Needs `mr (nr / lanes) + nr / lanes + 1` vector registers: 14 x 32 float32 uses 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 from tvm import s_tir
@@ -47,11 +47,14 @@ def find_gemm_block(sch: s_tir.Schedule, func_name: str = "main") -> Any | None:
 
 def default_knobs(sch: s_tir.Schedule, block: Any, machine: Machine) -> GemmKnobs:
     """Panels outside unless all of B fits into half of a core's L2; the reduction unrolled to at least 4 steps."""
-    b = sch.get(block).reads[-1].source
-    size = 1
-    for extent in b.shape:
-        size *= int(extent)
-    fits = size * machine.vector_bytes // machine.lanes(str(b.dtype)) <= machine.l2_bytes // 2
+    # A layer whose every input element is padding reads nothing at all.
+    fits = all(
+        prod(int(extent) for extent in region.source.shape)
+        * machine.vector_bytes
+        // machine.lanes(str(region.source.dtype))
+        <= machine.l2_bytes // 2
+        for region in list(sch.get(block).reads)[-1:]
+    )
     inner_k = [int(v.dom.extent) for v in sch.get(block).iter_vars if int(v.iter_type) == 2][-1]
     return GemmKnobs(panels_outside=not fits, k_unroll=inner_k if inner_k <= 4 else 1)
 
