@@ -21,21 +21,22 @@ from .base import (
 )
 from .problem import ConvProblem, Problem
 from .tile_gemm import pack_panels, read_panels, tile_gemm
-from .window import activation_bytes, pad_bytes, pad_stage, window_index
+from .window import activation_bytes, read_padded, window_index
 
 
 class Depthwise(Lowering):
     """`O[n, o, c] = sum_k I[n, o s + k d - p, c] W[c, k]` for `g = C = M`: its GEMM is a matrix-vector product.
 
     A register tile of `mr` pixels by `nr` channels; both operands are read as vectors along the channels. Reads
-    `(N, *size, C)` and writes `(N, *out, C)`; padding is a copy of the input, as in `implicit-gemm`. Source: Howard et al.
+    `(N, *size, C)` and writes `(N, *out, C)`. Padding is a condition a pixel and tap, for a whole vector of channels: that
+    costs less than copying the input, and takes no workspace. Source: Howard et al.
     2017, MobileNets, section 3.1 (arXiv 1704.04861).
     """
 
     key = "depthwise"
     summary = "one filter a channel, vectorised over channels"
     gemm_formula = "none (matrix-vector)"
-    workspace_formula = "e N C Hp Wp where it pads, else 0"
+    workspace_formula = "0"
     source = "Howard et al. 2017, MobileNets, section 3.1 (arXiv 1704.04861)"
 
     def applicable(self, problem: Problem) -> Reason | None:
@@ -56,16 +57,14 @@ class Depthwise(Lowering):
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
         *outer, inner = problem.out_size
-        workspace = {"pad": pad_bytes(problem)} if problem.padded else {}
         weights = problem.element * problem.c * problem.taps
         return LoweringCost(
             gemms=(GemmShape(problem.pixels, 1, problem.taps, problem.n * problem.groups),),
             macs=problem.n * prod(outer) * -(-inner // tile.mr) * tile.mr * problem.c * problem.taps,
-            bytes_moved=activation_bytes(problem) + weights + 2 * sum(workspace.values()),
-            workspace_bytes=sum(workspace.values()),
+            bytes_moved=activation_bytes(problem) + weights,
+            workspace_bytes=0,
             weight_bytes=weights,
             error_growth=sqrt(problem.taps),
-            workspace=workspace,
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
@@ -78,9 +77,8 @@ class Depthwise(Lowering):
         def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
             def read_a(at: tuple[Any, ...], x: Any, g: Any, channel: Any, k: tuple[Any, ...]) -> Any:
                 del g
-                out, taps = (*at[1:], x), k[:-1]
-                where = window_index(problem, out, taps)
-                return data(at[0], *where, channel)
+                where = window_index(problem, (*at[1:], x), k[:-1], padded=False)
+                return read_padded(problem, data, at[0], where, channel)
 
             return tile_gemm(
                 outer=(problem.n, *outer),
@@ -93,10 +91,7 @@ class Depthwise(Lowering):
                 epilogue=epilogue,
             )
 
-        first = (pad_stage(problem),) if problem.padded else ()
-        source = "pad" if problem.padded else "data"
         return (
-            *first,
             Stage("packed", ("weight",), pack, "weight"),
-            Stage("gemm", (source, "packed"), gemm, "output"),
+            Stage("gemm", ("data", "packed"), gemm, "output"),
         )

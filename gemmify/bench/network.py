@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,32 @@ def run_model(
     shapes: Mapping[str, Sequence[int]] | None = None,
     lowering: Any = "auto",
     target: Any = "llvm",
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Time `model` as compiled by us, and by each of `peers` ("onnxruntime", "openvino"; "torch" for a `.pt2` file).
 
     Ours is exported and loaded by a fresh process that has TVM's runtime only; every engine has a process of its own,
-    `threads` threads and the same seeded inputs, and they take turns (see `measure_engines`). Returns a dict that is
+    `threads` threads and the same seeded inputs, and they take turns (see `measure_engines`). The limits of the machine
+    are measured first, the peak between the rounds too. `progress` is told a line a step. Returns a dict that is
     ready for JSON: per engine seconds (best, median, p90, all), GFLOP/s and share of the multiply-add peak of this run,
-    `ratio` (its median over ours: above 1 we are faster), its outputs' difference from ours; per kernel and per kind
-    the seconds of ours. Raises InputError for an unknown or missing peer and for a model that a peer cannot read,
-    GemmifyError where an engine fails.
+    `ratio` (its median over ours: above 1 we are faster), its outputs' difference from ours; per kernel, per layer and
+    per kind the seconds of ours, and `conv_fc_share`, the share of the convolutions and fully connected layers in
+    them. Raises InputError for an unknown or missing peer and for a model that a peer cannot read, GemmifyError where an
+    engine fails.
     """
     check_peers(peers)
     threads = default_threads() if threads is None else check_threads(threads)
     source = _source(model, peers, shapes)
     result = header("model", threads, target)
-    peaks: list[float] = []
+    bandwidth = {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
+    peaks = [measure.multiply_add_peak(threads, "float32", target)]
+    progress(f"peak {peaks[0]:.0f} GFLOP/s, memory read {bandwidth['read']:.1f} GB/s, {threads} threads")
     with tempfile.TemporaryDirectory(prefix="gemmify-bench-") as folder:
+        begin = time.perf_counter()
         compiled = gemmify.compile(model, target=target, lowering=lowering, shapes=shapes, threads=threads)
         inputs = random_inputs(compiled.inputs)
         files = {OURS: Path(compiled.export(Path(folder) / "ours.so"))}
+        progress(f"{compiled.manifest.model} compiled in {time.perf_counter() - begin:.1f} s")
         if peers:
             path = _peer_file(source, inputs, Path(folder))
             files.update({peer: path for peer in peers})
@@ -72,10 +80,10 @@ def run_model(
             repeat=repeat or DEFAULT_REPEAT,
             profile=OURS,
             between=lambda: peaks.append(measure.multiply_add_peak(threads, "float32", target)),
+            progress=progress,
         )
     layers, macs = compiled.layers, sum(int(layer["macs"]) for layer in compiled.layers)
-    result["bandwidth"] = {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
-    result["peak"] = {"gflops": max(peaks), "samples": peaks}
+    result.update(bandwidth=bandwidth, peak={"gflops": max(peaks), "samples": peaks}, tolerance=TOLERANCE)
     result["model"] = {
         "name": compiled.manifest.model,
         "macs": macs,
@@ -84,10 +92,28 @@ def run_model(
         "memory": compiled.memory(),
     }
     result["engines"] = compare_engines(found, macs, max(peaks))
-    result["tolerance"] = TOLERANCE
     result["kernels"] = kernel_rows(found["kernels"], layers)
-    result["kinds"] = kinds(result["kernels"])
+    result.update(breakdown(result["kernels"], layers, max(peaks)))
     return result
+
+
+def breakdown(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]], peak: float) -> dict[str, Any]:
+    """`{kinds, conv_fc_share, layers}` of the rows of `kernel_rows`, the layers in their order with their shares."""
+    found = kinds(rows)
+    total = sum(row["seconds"] for row in rows) or 1.0
+    spent: dict[str, float] = {}
+    for row in rows:
+        if row["layer"] is not None:
+            spent[row["layer"]] = spent.get(row["layer"], 0.0) + row["seconds"]
+    table = []
+    for layer in layers:
+        seconds = spent.get(layer["name"], 0.0)
+        gflops = 2 * layer["macs"] / seconds / 1e9 if seconds else 0.0
+        row = {name: layer.get(name) for name in ("name", "op", "problem", "lowering", "gemm", "macs")}
+        row.update(seconds=seconds, share=seconds / total, gflops=gflops, peak_share=gflops / peak)
+        table.append(row)
+    share = sum(entry["share"] for entry in found if entry["kind"] in ("conv", "fc"))
+    return {"kinds": found, "conv_fc_share": share, "layers": table}
 
 
 def compare_engines(found: Mapping[str, Any], macs: int, peak: float) -> dict[str, dict[str, Any]]:
@@ -97,6 +123,7 @@ def compare_engines(found: Mapping[str, Any], macs: int, peak: float) -> dict[st
     for name, engine in found["engines"].items():
         gflops = 2 * macs / engine["median"] / 1e9
         row = {**engine, "gflops": gflops, "peak_share": gflops / peak, "ratio": engine["median"] / ours["median"]}
+        row["ratio_best"] = engine["best"] / ours["best"]
         if name != OURS:
             row["difference"] = agreement(found["outputs"][OURS], found["outputs"][name], name)
             relative = row["difference"]["relative"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -33,11 +34,13 @@ def measure_engines(
     profile: str | None = None,
     start: Start = WorkerProcess,
     between: Callable[[], None] = lambda: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure each engine `{name: model file}` on the same inputs, alternately, `repeat` inferences each.
 
     A round gives every engine one burst, beginning with another engine each time; the first inference of a burst is not
-    counted. `between` is called before the first round, in the middle and after the last. Returns `{"engines": {name:
+    counted. `between` is called before the first round, in the middle and after the last; `progress` is told a line an
+    engine that is ready, and a line a round. Returns `{"engines": {name:
     {version, load, times (seconds), best, median, p90, runs, idle}}, "outputs": {name: [arrays]}, "kernels": [...]}`;
     `idle` is the share of a core that the engine used while others were measured, `kernels` the (name, seconds) of the
     engine `profile`. Raises GemmifyError, naming the engine, where one fails, dies or does not answer.
@@ -54,8 +57,9 @@ def measure_engines(
                 "load", engine=name, model=str(files[name]), threads=threads, inputs=str(folder / "inputs.npz")
             )
             engines[name] = {"version": reply["version"], "load": reply["seconds"]}
+            progress(f"{name} {reply['version']} loaded in {reply['seconds']:.2f} s")
         outputs = {name: _outputs(worker, folder / f"{name}.npz") for name, worker in workers.items()}
-        times, idle = _rounds(workers, repeat, between)
+        times, idle = _rounds(workers, repeat, between, progress)
         for name, engine in engines.items():
             engine.update(times=times[name], idle=idle[name], **summarize(times[name]))
         kernels = workers[profile].ask("profile", repeat=min(repeat, 10))["kernels"] if profile else []
@@ -69,7 +73,7 @@ def _outputs(worker: WorkerProcess, path: Path) -> list[np.ndarray]:
 
 
 def _rounds(
-    workers: Mapping[str, WorkerProcess], repeat: int, between: Callable[[], None]
+    workers: Mapping[str, WorkerProcess], repeat: int, between: Callable[[], None], progress: Callable[[str], None]
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Counted times of each engine, and the share of a core that each used while it was not its turn."""
     names = list(workers)
@@ -85,7 +89,7 @@ def _rounds(
     for index in range(rounds):
         if index == rounds // 2 and rounds > 1:
             between()
-        turn = index % len(names)
+        turn, said = index % len(names), []
         for name in names[turn:] + names[:turn]:
             left = repeat - len(times[name])
             if left == 0:
@@ -94,8 +98,10 @@ def _rounds(
             reply = workers[name].ask("burst", runs=min(sizes[name], left), drop=1)
             workers[name].pause()
             times[name] += reply["seconds"]
+            said.append(f"{name} {1e3 * statistics.median(reply['seconds']):.2f} ms")
             idle[name][0] += reply["idle_cpu"]
             idle[name][1] += reply["idle"]
+        progress(f"round {index + 1}/{rounds}: {', '.join(said)}")
     time.sleep(SETTLE_SECONDS)
     between()
     return times, {name: cpu / max(wall, 1e-9) for name, (cpu, wall) in idle.items()}

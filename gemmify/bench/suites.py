@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from tvm.target import Target
 
 from gemmify import measure
 from gemmify.bench.header import header
@@ -16,15 +17,25 @@ from gemmify.errors import CheckError, InputError
 from gemmify.layer import LayerKernel, compile_layer
 from gemmify.select import Policy, choose
 from gemmify.threads import default_threads
-from lowering import LOWERINGS, ConvProblem, Problem
-from lowering.base import activation_shape, weight_shape
+from lowering import LOWERINGS, ConvProblem, Lowering, Problem
+from lowering.base import activation_shape, output_shape, weight_shape
+from lowering.dense import as_dense
 from lowering.epilogue import EpilogueOp
 from schedules import Machine, TargetError, parse_target
 
 EPILOGUE = (EpilogueOp("bias", 0), EpilogueOp("relu"))  # what follows a layer in the networks
+PLAIN = "plain"
+PLAIN_KEYS = ("dense", "pointwise", "depthwise", "implicit-gemm")
+"""`plain` takes the first of these that applies: they do the definition's multiply-adds, so the peak is their limit."""
 DEFAULT_REPEAT = 15
-MIN_SECONDS = 0.03  # a layer of microseconds is run more often than asked, until its best time is steady
+QUICK_REPEAT, QUICK_SHAPES = 5, 12
+ROUNDS = 5  # turns that each lowering of a layer gets
+SMALL_SECONDS = 50e-6  # calls shorter than this are timed several at once ...
+MEASURE_SECONDS = 500e-6  # ... so many that one measurement takes this long
+MIN_SECONDS = 0.03  # a layer of microseconds is measured more often than asked, until its best time is steady
 MAX_SECONDS = 3.0  # and one of seconds (the definition itself) less often
+
+Report = Callable[[str], None]
 
 
 def run_suite(
@@ -35,15 +46,21 @@ def run_suite(
     threads: int | None = None,
     target: Any = None,
     repeat: int | None = None,
+    quick: bool = False,
+    progress: Report = lambda line: None,
 ) -> dict[str, Any]:
     """Time every layer of `suite` ("layers" or "gemm") with bias and ReLU, and compare with the peak beside it.
 
-    `layer` keeps the names that match it; `lowerings` are keys ("auto" is what `compile` would take; default), each
-    tried on each layer. The multiply-add peak is measured before and after each layer, and the larger of the two is
-    the layer's limit, because clocks drift. Operands stay where the call before left them, as in a network's inner
-    layers. Returns a dict that is ready for JSON: times in seconds, GFLOP/s by the definition's multiply-adds
-    (Winograd may exceed the peak), `peak_share` their ratio; a lowering that does not apply has a `reason` instead.
-    Raises InputError for an unknown suite, layer, lowering or target.
+    `layer` keeps the names that match it; `lowerings` are keys, each tried on each layer, taking turns: "auto" is what
+    `compile` would take, "plain" (default) the GEMM form that does just the definition's multiply-adds. `quick` takes
+    few shapes, spread over the suite, and fewer runs. Operands stay where the call before left them, as in a network's
+    inner layers. `progress` is told a line a layer.
+
+    The multiply-add peak is measured before and after each layer, and the larger of the two is the layer's limit,
+    because clocks drift. Returns a dict that is ready for JSON: times in seconds, GFLOP/s by the definition's
+    multiply-adds (Winograd may exceed the peak), `peak_share` their ratio; a row whose limit is the memory has a
+    `bound`, `bytes` (input, weight and output once each) and `bandwidth_share`, and is not in `geomean`; a lowering
+    that does not apply has a `reason` instead. Raises InputError for an unknown suite, layer, lowering or target.
     """
     keys = _checked(lowerings)
     threads = threads or default_threads()
@@ -52,32 +69,41 @@ def run_suite(
         resolved = parse_target("llvm" if target is None else target)
     except TargetError as error:
         raise InputError(str(error)) from error
-    shapes = select_shapes(suite, layer)
-    machine = Machine.from_target(resolved)
+    everything = select_shapes(suite, layer)
+    shapes = spread(everything, QUICK_SHAPES) if quick else everything
+    repeat = repeat or (QUICK_REPEAT if quick else DEFAULT_REPEAT)
     result = header("suite", threads, resolved)
-    result["bandwidth"] = measure_bandwidth(threads)
-    peak = _peaks(threads, resolved)
-    samples = [peak()]
-    rows = []
-    for name, problem in shapes.items():
-        for key in keys:
-            row = _measure(name, problem, key, machine, resolved, repeat or DEFAULT_REPEAT)
-            if "best" in row:
-                samples.append(peak())
-                _compare(row, problem, max(samples[-2:]))
-            rows.append(row)
-    result.update(suite=suite, peak={"gflops": max(samples), "samples": samples}, rows=rows)
-    shares = {key: [row["peak_share"] for row in rows if row["asked"] == key and "best" in row] for key in keys}
-    result["geomean"] = {key: measure.geomean(values) for key, values in shares.items()}
+    samples = [measure.multiply_add_peak(threads, "float32", resolved)]
+    bandwidth = measure_bandwidth(threads)
+    progress(f"peak {samples[0]:.0f} GFLOP/s, memory read {bandwidth['read']:.1f} GB/s, {threads} threads")
+    rows: list[dict[str, Any]] = []
+    for index, (name, problem) in enumerate(shapes.items(), 1):
+        measured = _measure(name, problem, keys, resolved, repeat)
+        samples.append(measure.multiply_add_peak(threads, "float32", resolved))
+        for row in measured:
+            _compare(row, problem, max(samples[-2:]))
+        rows += measured
+        progress(f"{index}/{len(shapes)} {name}: " + ", ".join(_said(row) for row in measured))
+    _find_bounds(suite, rows, shapes, max(samples), bandwidth["read"])
+    result.update(suite=suite, shapes=len(shapes), of=len(everything), bandwidth=bandwidth, rows=rows)
+    result["peak"] = {"gflops": max(samples), "samples": samples}
+    result.update(_means(rows, keys))
     return result
 
 
 def _checked(lowerings: Sequence[str] | None) -> list[str]:
-    keys = list(lowerings or ("auto",))
+    keys = list(dict.fromkeys(lowerings or (PLAIN,)))
     for key in keys:
-        if key != "auto" and key not in LOWERINGS:
-            raise InputError(f"unknown lowering {key!r}; choose from auto, {', '.join(LOWERINGS)}")
+        if key not in ("auto", PLAIN) and key not in LOWERINGS:
+            raise InputError(f"unknown lowering {key!r}; choose from auto, {PLAIN}, {', '.join(LOWERINGS)}")
     return keys
+
+
+def spread(shapes: Mapping[str, Problem], limit: int) -> dict[str, Problem]:
+    """At most `limit` of the shapes, at even distances in their order."""
+    names = list(shapes)
+    count = min(limit, len(names))
+    return {name: shapes[name] for name in (names[i * len(names) // count] for i in range(count))}
 
 
 def measure_bandwidth(threads: int) -> dict[str, float]:
@@ -85,30 +111,41 @@ def measure_bandwidth(threads: int) -> dict[str, float]:
     return {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
 
 
-def _peaks(threads: int, target: Any) -> Callable[[], float]:
-    return lambda: measure.multiply_add_peak(threads, "float32", target)
+def resolve_key(key: str, name: str, problem: Problem, target: Target) -> Lowering:
+    """The lowering that `key` stands for on `problem`; "plain" and "auto" always find one that applies."""
+    if key == "auto":
+        return choose(name, problem, Machine.from_target(target), Policy()).lowering
+    if key == PLAIN:
+        return next(LOWERINGS[k] for k in PLAIN_KEYS if LOWERINGS[k].applicable(problem) is None)
+    return LOWERINGS[key]
 
 
-def _measure(name: str, problem: Problem, key: str, machine: Machine, target: Any, repeat: int) -> dict[str, Any]:
-    """One row of the table, without the shares."""
-    row: dict[str, Any] = {"name": name, "asked": key, "problem": asdict(problem), "macs": problem.macs}
-    row["op"] = f"conv{problem.dims}d" if isinstance(problem, ConvProblem) else "dense"
-    lowering = choose(name, problem, machine, Policy()).lowering if key == "auto" else LOWERINGS[key]
-    row["lowering"] = lowering.key
-    if (reason := lowering.applicable(problem)) is not None:
-        return {**row, "reason": str(reason)}
-    kernel = compile_layer(problem, lowering.key, target, epilogue=EPILOGUE)
-    gemm = kernel.kernels.cost.gemms[0] if kernel.kernels.cost.gemms else None
-    row["gemm"] = [gemm.m, gemm.n, gemm.k] if gemm else None
-    row["workspace_bytes"] = kernel.workspace_bytes
-    times = _times(kernel, problem, repeat)
-    if not np.isfinite(kernel.output()).all():
-        raise CheckError(f"layer {name} in lowering {lowering.key} leaves parts of its output unwritten")
-    return {**row, **measure.summarize(times)}
+def _measure(name: str, problem: Problem, keys: Sequence[str], target: Target, repeat: int) -> list[dict[str, Any]]:
+    """The rows of one layer, one a key, without the shares."""
+    rows, kernels = [], {}
+    for key in keys:
+        lowering = resolve_key(key, name, problem, target)
+        row: dict[str, Any] = {"name": name, "asked": key, "problem": asdict(problem), "macs": problem.macs}
+        row["op"] = f"conv{problem.dims}d" if isinstance(problem, ConvProblem) else "dense"
+        row["lowering"] = lowering.key
+        rows.append(row)
+        if (reason := lowering.applicable(problem)) is not None:
+            row["reason"] = str(reason)
+            continue
+        kernel = kernels[key] = compile_layer(problem, lowering.key, target, epilogue=EPILOGUE)
+        gemm = kernel.kernels.cost.gemms[0]
+        row.update(gemm=[gemm.m, gemm.n, gemm.k], count=gemm.count, workspace_bytes=kernel.workspace_bytes)
+        _bind(kernel, problem)
+    for key, found in measure_in_turn(kernels, repeat).items():
+        row = rows[list(keys).index(key)]
+        if not np.isfinite(kernels[key].output()).all():
+            raise CheckError(f"layer {name} in lowering {row['lowering']} leaves parts of its output unwritten")
+        row.update(found)
+    return rows
 
 
-def _times(kernel: LayerKernel, problem: Problem, repeat: int) -> list[float]:
-    """Seconds of the activation stages on seeded data; weights are transformed before."""
+def _bind(kernel: LayerKernel, problem: Problem) -> None:
+    """Seeded data; the weights are transformed here, before anything is timed."""
     rng = np.random.default_rng(0)
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
@@ -116,13 +153,92 @@ def _times(kernel: LayerKernel, problem: Problem, repeat: int) -> list[float]:
 
     data = draw(activation_shape(problem, kernel.kernels.lowering.layout))
     kernel.bind(data, draw(weight_shape(problem)), [draw((problem.m,))])
-    once = max(min(kernel.time(repeat=1, warmup=0)), 1e-7)
-    runs = max(repeat, min(2000, math.ceil(MIN_SECONDS / once)))
-    return kernel.time(repeat=max(1, min(runs, math.ceil(MAX_SECONDS / once))), warmup=1)
+
+
+def measure_in_turn(kernels: Mapping[str, LayerKernel], repeat: int) -> dict[str, dict[str, Any]]:
+    """`{key: {best, median, p90, runs, calls}}` of bound kernels, at least `repeat` runs each, `calls` calls in a run.
+
+    Each round gives every kernel one burst, odd rounds in the opposite order, so that a drift of the clock falls on
+    all alike; the first call of a burst is not counted.
+    """
+    sizes = {}
+    for key, kernel in kernels.items():
+        once = max(min(kernel.time(repeat=3, warmup=1)), 1e-7)
+        sizes[key] = burst(once, repeat)
+    times: dict[str, list[float]] = {key: [] for key in kernels}
+    for index in range(ROUNDS):
+        for key in list(kernels) if index % 2 == 0 else reversed(list(kernels)):
+            runs, calls = sizes[key]
+            times[key] += kernels[key].time(repeat=runs, warmup=1, number=calls)
+    return {key: {**measure.summarize(found), "calls": sizes[key][1]} for key, found in times.items()}
+
+
+def burst(once: float, repeat: int) -> tuple[int, int]:
+    """(measurements in a round, calls in a measurement) for a layer that takes `once` seconds."""
+    calls = math.ceil(MEASURE_SECONDS / once) if once < SMALL_SECONDS else 1
+    wanted = max(repeat, min(2000, math.ceil(MIN_SECONDS / (once * calls))))
+    bounded = min(wanted, math.ceil(MAX_SECONDS / (once * calls)))
+    return max(1, math.ceil(bounded / ROUNDS)), calls
 
 
 def _compare(row: dict[str, Any], problem: Problem, peak: float) -> None:
+    if "best" not in row:
+        return
     row["gflops"] = 2 * problem.macs / row["best"] / 1e9
     row["gflops_median"] = 2 * problem.macs / row["median"] / 1e9
     row["peak"] = peak
     row["peak_share"] = row["gflops"] / peak
+    row["peak_share_median"] = row["gflops_median"] / peak
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if "best" not in row:
+        return f"{row['lowering']} does not apply"
+    return f"{row['lowering']} {row['best'] * 1e6:.1f} us, {row['gflops']:.0f} GFLOP/s, {100 * row['peak_share']:.0f} %"
+
+
+def compulsory_bytes(problem: Problem) -> int:
+    """Bytes of the input, the weight and the output, each moved once: A, B and C of a GEMM."""
+    shapes = (activation_shape(problem), weight_shape(problem), output_shape(problem))
+    return problem.element * sum(math.prod(shape) for shape in shapes)
+
+
+def memory_bound(suite: str, problem: Problem, balance: float) -> str | None:
+    """Why the memory and not the multiply-adds limits a layer, where `balance` is the machine's flops a byte."""
+    if isinstance(problem, ConvProblem) and problem.depthwise:
+        return "depthwise"
+    dense = as_dense(problem)
+    if dense is not None and min(dense.n, dense.m) == 1:
+        return "matrix-vector"
+    intensity = 2 * problem.macs / compulsory_bytes(problem)
+    if suite == "gemm" and intensity < balance:
+        return f"{intensity:.1f} flop/byte, below {balance:.1f}"
+    return None
+
+
+def _find_bounds(
+    suite: str, rows: Sequence[dict[str, Any]], shapes: Mapping[str, Problem], peak: float, bandwidth: float
+) -> None:
+    """Give each measured row its bytes and intensity, and those bound by memory their bound and bandwidth share."""
+    for row in rows:
+        if "best" not in row:
+            continue
+        problem = shapes[row["name"]]
+        moved = compulsory_bytes(problem)
+        row.update(bytes=moved, intensity=2 * problem.macs / moved)
+        if (bound := memory_bound(suite, problem, peak / bandwidth)) is not None:
+            row.update(bound=bound, gbytes=moved / row["best"] / 1e9, bandwidth_share=moved / row["best"] / 1e9 / bandwidth)
+
+
+def _means(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Geometric means by key: of the shares of the peak (best, median), and of the bandwidth for the other rows."""
+
+    def mean(key: str, name: str, memory: bool) -> float | None:
+        mine = [r for r in rows if r["asked"] == key and "best" in r and ("bound" in r) == memory]
+        return measure.geomean([row[name] for row in mine])
+
+    return {
+        "geomean": {key: mean(key, "peak_share", False) for key in keys},
+        "geomean_median": {key: mean(key, "peak_share_median", False) for key in keys},
+        "geomean_bandwidth": {key: mean(key, "bandwidth_share", True) for key in keys},
+    }
