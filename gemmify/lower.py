@@ -5,6 +5,7 @@ Weights are transformed here, once, and stay as constants. Activations stay chan
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from lowering.base import output_shape
 from lowering.graph.epilogue import LayerSite, describe_layer
 from schedules import Machine
 
+from .errors import InputError
 from .fold import evaluate
 from .kernels import Kernel, LayerKernels, layer_kernels
 from .select import Choice, Policy, choose
@@ -61,21 +63,36 @@ def _layer_functions(mod: tvm.IRModule) -> dict[str, relax.Function]:
     }
 
 
-def _plan_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, _Plan]:
-    plans: dict[str, _Plan] = {}
+def choose_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, tuple[LayerSite, Choice]]:
+    """The site and the chosen lowering of every layer function that a lowering can express, by function name.
+
+    Builds no kernel. Raises InputError for a strict key that does not apply, and for a layer name of the policy that
+    the model does not have.
+    """
+    chosen: dict[str, tuple[LayerSite, Choice]] = {}
     for name, func in _layer_functions(mod).items():
         site = describe_layer(func)
-        if site is None or site.transposed:
-            continue
-        choice = choose(site.name, site.problem, machine, policy)
-        plans[name] = _Plan(site, choice, layer_kernels(choice.lowering, site.problem, machine, site.epilogue))
-    known = {plan.site.name for plan in plans.values()}
-    unknown = sorted(set(policy.layers or {}) - known)
-    if unknown:
-        from .errors import InputError
+        if site is not None and not site.transposed:
+            chosen[name] = (site, choose(site.name, site.problem, machine, policy))
+    known = [site.name for site, _ in chosen.values()]
+    for asked in policy.layers or {}:
+        if asked not in known:
+            raise InputError(f"no layer is named {asked!r}; {_known_layers(asked, known)}")
+    return chosen
 
-        raise InputError(f"no layer named {', '.join(unknown)}; the layers are {', '.join(sorted(known)) or 'none'}")
-    return plans
+
+def _known_layers(asked: str, known: list[str]) -> str:
+    if len(known) <= 12:
+        return f"the layers are {', '.join(known) or 'none'}"
+    close = difflib.get_close_matches(asked, known, n=3, cutoff=0.3) or known[:3]
+    return f"close ones of the {len(known)} layers are {', '.join(close)} (`gemmify inspect` lists all)"
+
+
+def _plan_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, _Plan]:
+    return {
+        name: _Plan(site, choice, layer_kernels(choice.lowering, site.problem, machine, site.epilogue))
+        for name, (site, choice) in choose_layers(mod, machine, policy).items()
+    }
 
 
 def _pack_weights(plans: dict[str, _Plan]) -> dict[str, dict[str, np.ndarray]]:

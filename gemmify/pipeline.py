@@ -15,18 +15,19 @@ from tvm import relax, tirx
 
 import lowering.graph
 from lowering import ConvProblem
+from lowering.graph.epilogue import LayerSite
 from schedules import Machine, TargetError, parse_target, schedule_module
 
 from .errors import InputError
 from .export import check_destination
 from .frontend import ImportedModel, import_model
 from .layer import LayerKernel, compile_layer
-from .lower import LoweredLayer, lower_layers
+from .lower import LoweredLayer, choose_layers, lower_layers
 from .manifest import Manifest
 from .memory import MemoryPlan
 from .pipeline_build import build_executable
 from .plan import Plan
-from .select import Policy, make_policy
+from .select import Choice, Policy, make_policy
 from .threads import default_threads
 
 __all__ = ["Compilation", "LayerKernel", "compile_layer", "compile_model"]
@@ -43,6 +44,34 @@ class Compilation:
     manifest: Manifest
     layers: list[LoweredLayer]
     memory: MemoryPlan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `compile_model` would do with a model, layer by layer, with nothing compiled."""
+
+    model: str
+    plan: Plan
+    layers: list[dict[str, Any]]
+
+
+def plan_model(
+    model: Any,
+    *,
+    target: Any = "llvm",
+    lowering: Any = "auto",
+    strict: bool = False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    plan: Plan | str | PathLike[str] | None = None,
+    max_workspace: int | None = None,
+) -> Planned:
+    """Choose the lowering of every layer of `model` as `compile_model` does with the same arguments; same errors."""
+    machine = Machine.from_target(resolve_target(target))
+    policy = _policy(lowering, strict, max_workspace, plan)
+    imported = import_model(model, shapes)
+    chosen = list(choose_layers(lowering_graph(imported.mod), machine, policy).values())
+    found = Plan({site.name: choice.lowering.key for site, choice in chosen})
+    return Planned(imported.name, found, [_describe(site, choice) for site, choice in chosen])
 
 
 def resolve_target(target: Any) -> tvm.target.Target:
@@ -165,7 +194,7 @@ def _manifest(
         model=imported.name,
         inputs=imported.inputs,
         outputs=imported.outputs,
-        layers=[describe(layer) for layer in layers],
+        layers=[describe(layer, threads or default_threads()) for layer in layers],
         memory={
             "weights": memory.weight_bytes,
             "arena": memory.arena_bytes,
@@ -178,22 +207,25 @@ def _manifest(
     )
 
 
-def describe(layer: LoweredLayer) -> dict[str, Any]:
-    """What `m.layers` says of one layer."""
-    problem, cost = layer.site.problem, layer.choice.cost
+def describe(layer: LoweredLayer, threads: int) -> dict[str, Any]:
+    """What `m.layers` says of one layer that `threads` threads work on."""
+    return {**_describe(layer.site, layer.choice), "kernels": layer.functions}
+
+
+def _describe(site: LayerSite, choice: Choice) -> dict[str, Any]:
+    problem, cost = site.problem, choice.cost
     gemm = cost.gemms[0]
     return {
-        "name": layer.site.name,
+        "name": site.name,
         "op": f"conv{problem.dims}d" if isinstance(problem, ConvProblem) else "dense",
         "problem": asdict(problem),
-        "lowering": layer.choice.lowering.key,
-        "reason": layer.choice.why,
+        "lowering": choice.lowering.key,
+        "reason": choice.why,
         "gemm": [gemm.m, gemm.n, gemm.k],
         "count": gemm.count,
-        "tile": [layer.choice.tile.mr, layer.choice.tile.nr],
+        "tile": [choice.tile.mr, choice.tile.nr],
         "macs": problem.macs,
-        "workspace_bytes": cost.workspace_bytes,
+        "workspace_bytes": cost.scratch(threads),
         "weight_bytes": cost.weight_bytes,
-        "epilogue": [op.kind for op in layer.site.epilogue],
-        "kernels": layer.functions,
+        "epilogue": [op.kind for op in site.epilogue],
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .export import write_text
 
 if TYPE_CHECKING:
     from .lower import LoweredLayer
@@ -17,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """`layers` maps each layer's name to the key of its lowering."""
+    """`layers` maps a layer's name to the key of its lowering; a layer that is not named takes "auto"."""
 
     layers: dict[str, str]
 
@@ -34,7 +36,7 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         """Read a plan file; InputError where it is missing or is not a plan."""
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as err:
             raise InputError(f"cannot read the plan {path}: {err.strerror or err}") from err
         except ValueError as err:
@@ -42,4 +44,12 @@ class Plan:
         layers = data.get("layers") if isinstance(data, dict) else None
         if not isinstance(layers, dict) or data.get("format") != FORMAT:
             raise InputError(f'the plan {path} must be {{"format": {FORMAT}, "layers": {{name: lowering}}}}')
-        return cls({str(k): str(v) for k, v in layers.items()})
+        for name, key in layers.items():
+            if not isinstance(key, str):
+                found = json.dumps(key)[:40]
+                raise InputError(f"the plan {path} must give layer {name!r} the key of a lowering or auto, found {found}")
+        return cls(dict(layers))
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the plan as JSON, one layer a line, complete or not at all. Errors as `export.check_destination`."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")

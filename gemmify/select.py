@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from lowering import LOWERINGS, Lowering, LoweringCost, Problem, Reason, Tile
+from lowering import LOWERINGS, ConvProblem, Lowering, LoweringCost, Problem, Reason, Tile
+from lowering.base import activation_shape, output_shape
 from schedules import Machine
 from schedules.cpu.tile import modelled_cycles
 
@@ -82,8 +84,9 @@ def _candidate(lowering: Lowering, problem: Problem, machine: Machine, max_works
         return Candidate(lowering, reason)
     tile = tile_for(lowering, problem, machine)
     cost = lowering.cost(problem, tile)
-    if max_workspace is not None and cost.workspace_bytes > max_workspace:
-        found = Reason(f"needs {cost.workspace_bytes} bytes of workspace, the bound is {max_workspace}")
+    scratch = cost.scratch(machine.cores)
+    if max_workspace is not None and scratch > max_workspace:
+        found = Reason(f"needs {scratch} bytes of workspace, the bound is {max_workspace}")
         return Candidate(lowering, found, tile, cost)
     return Candidate(lowering, None, tile, cost, modelled_time(lowering, problem, machine, tile, cost))
 
@@ -99,7 +102,11 @@ def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: 
     again = machine.shared_bytes_per_cycle if cached else machine.memory_bytes_per_cycle
     weights = cost.weight_bytes * (1 / machine.memory_bytes_per_cycle + (cost.weight_reads - 1) / again)
     transforms = cost.extra_flops / machine.lanes(problem.dtype)
-    workspace = 2 * cost.workspace_bytes / machine.shared_bytes_per_cycle
+    moved = 2 * cost.workspace_bytes
+    if lowering.layout == "NCHW" and isinstance(problem, ConvProblem):
+        # The network's activations are channels last: input and output are converted, each read and written.
+        moved += 2 * problem.element * (prod(activation_shape(problem)) + prod(output_shape(problem)))
+    workspace = moved / machine.shared_bytes_per_cycle
     return (max(gemm, weights) + min(gemm, weights) / 4 + transforms + workspace) / machine.cores
 
 

@@ -91,7 +91,8 @@ class LoweringCost:
     `error_growth` is the expected relative error in units of the dtype's rounding unit: about `sqrt(k)` for a plain
     dot product of length `k`. `read_factor` is how much dearer than a plain load each element of A is (conditions,
     gathers); `extra_flops` counts vectorisable operations outside the GEMM (transforms);
-    `weight_reads` is how many times all weights stream past, once a block of rows.
+    `weight_reads` is how many times all weights stream past, once a block of rows;
+    `thread_bytes` is scratch inside the kernel, once a thread, which `workspace_bytes` does not hold.
     """
 
     gemms: tuple[GemmShape, ...]
@@ -104,6 +105,11 @@ class LoweringCost:
     read_factor: float = 1.0
     extra_flops: int = 0
     weight_reads: int = 1
+    thread_bytes: int = 0
+
+    def scratch(self, threads: int) -> int:
+        """Bytes of all scratch with `threads` threads at work."""
+        return self.workspace_bytes + threads * self.thread_bytes
 
 
 @dataclass(frozen=True)

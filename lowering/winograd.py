@@ -163,7 +163,7 @@ class Winograd(Lowering):
 
     m: int
     gemm_formula = "alpha^2 x [P x C]·[C x M]"
-    workspace_formula = "e alpha^2 P C where few blocks; else threads e alpha^2 Pb (C + nr), in the kernel"
+    workspace_formula = "e alpha^2 (P C + threads Pb nr); with many blocks threads e alpha^2 Pb (C + nr)"
     source = "Lavin & Gray 2015, section 4, algorithm 1 (arXiv 1509.09308)"
 
     def applicable(self, problem: Problem) -> Reason | None:
@@ -224,6 +224,7 @@ class Winograd(Lowering):
             workspace=workspace,
             extra_flops=transform,
             weight_reads=problem.n * form.blocks[0] * form.blocks[1],
+            thread_bytes=problem.element * positions * form.tiles * (tile.nr + (problem.c if not workspace else 0)),
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:

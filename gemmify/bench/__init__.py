@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemmify.bench.network import run_model
-    from gemmify.bench.report import peers_report, render
+    from gemmify.bench.report import peers_report, render, render_markdown
     from gemmify.bench.suites import run_suite
 
-__all__ = ["peers_report", "render", "run_model", "run_suite"]
+__all__ = ["peers_report", "render", "render_markdown", "run_model", "run_suite"]
 
-_HOMES = {"run_model": "network", "run_suite": "suites", "render": "report", "peers_report": "report"}
+_HOMES = {
+    "run_model": "network",
+    "run_suite": "suites",
+    "peers_report": "report",
+    "render": "report",
+    "render_markdown": "report",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,10 @@
-"""Results for people: rich tables, and the README's comparison with other engines."""
+"""Results for people: tables for the terminal and for Markdown, and the README's comparison with other engines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,21 +16,50 @@ from gemmify.bench.network import run_model
 from gemmify.bench.peers import OURS, check_peers
 from gemmify.bench.rounds import IDLE_LIMIT
 from gemmify.errors import InputError
+from gemmify.frontend import import_model
 from gemmify.measure import geomean
+from gemmify.report import problem_text, size
 from gemmify.threads import default_threads
+from gemmify.zoo import ZOO
 
-MANY_KERNELS = 12
+
+@dataclass(frozen=True)
+class Section:
+    """A table of a result: a title, headings, and rows of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def numeric(self, index: int) -> bool:
+        """Whether a column holds numbers (and gaps), and is set flush right."""
+        cells = [row[index] for row in self.rows if row[index] != "-"]
+        return index > 0 and bool(cells) and all(cell[:1].isdigit() and "x" not in cell for cell in cells)
+
+
+Part = str | Section
 
 
 def render(result: Mapping[str, Any]) -> RenderableType:
     """A rich renderable of what `run_suite`, `run_model` or `peers_report` returned. Raises InputError for another."""
+    return Group(*(Text(part) if isinstance(part, str) else _table(part) for part in _parts(result)))
+
+
+def render_markdown(result: Mapping[str, Any]) -> str:
+    """The same as Markdown, with the command that made it. Raises InputError where `render` does."""
+    if result.get("kind") == "peers":
+        return str(result["markdown"])
+    parts = [part if isinstance(part, str) else _markdown_table(part) for part in _parts(result)]
+    return "\n\n".join([*parts, f"Made by `{result['command']}`."])
+
+
+def _parts(result: Mapping[str, Any]) -> list[Part]:
     if result.get("schema") != SCHEMA:
         raise InputError(f"this is not a benchmark result: schema {SCHEMA} is required, found {result.get('schema')!r}")
-    parts: list[RenderableType] = [Text(line) for line in _machine_lines(result)]
     body = {"suite": _suite, "model": _model, "peers": _peers}.get(str(result["kind"]))
     if body is None:
         raise InputError(f"a benchmark result of kind {result['kind']!r} is not known")
-    return Group(*parts, *body(result))
+    return [*_machine_lines(result), *body(result)]
 
 
 def _machine_lines(result: Mapping[str, Any]) -> list[str]:
@@ -42,15 +73,20 @@ def _machine_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table; columns after the first are right-aligned where their first value is a number."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, heading in enumerate(columns):
-        numeric = bool(rows) and rows[0][index][:1].isdigit()
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
-    for row in rows:
+def _table(section: Section) -> Table:
+    table = Table(title=section.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(section.columns):
+        table.add_column(heading, justify="right" if section.numeric(index) else "left", overflow="fold")
+    for row in section.rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a layer's name may hold square brackets
     return table
+
+
+def _markdown_table(section: Section) -> str:
+    marks = ["---:" if section.numeric(index) else "---" for index in range(len(section.columns))]
+    rows = [list(section.columns), marks, *([cell.replace("|", "\\|") for cell in row] for row in section.rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([f"**{section.title}**", "", *lines] if section.title else lines)
 
 
 def _time(seconds: float) -> str:
@@ -61,25 +97,51 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _suite(result: Mapping[str, Any]) -> list[RenderableType]:
-    rows = []
+def _gemm(row: Mapping[str, Any]) -> str:
+    gemm = "x".join(map(str, row["gemm"])) if row.get("gemm") else "-"
+    return f"{row['count']} of {gemm}" if row.get("count", 1) > 1 else gemm
+
+
+def _suite(result: Mapping[str, Any]) -> list[Part]:
+    compute, memory, out = [], [], []
     for row in result["rows"]:
-        gemm = "x".join(map(str, row["gemm"])) if row.get("gemm") else "-"
         if "best" not in row:
-            rows.append((row["name"], row["lowering"], gemm, "-", "-", "-", f"not applicable: {row['reason']}"))
+            out.append((row["name"], row["lowering"], row["reason"]))
             continue
-        rates = (f"{row['gflops']:.1f}", _percent(row["peak_share"]))
-        rows.append((row["name"], row["lowering"], gemm, _time(row["best"]), _time(row["median"]), *rates))
-    columns = ("layer", "lowering", "GEMM m x n x k", "best ms", "median ms", "GFLOP/s", "of peak")
-    means = [
-        Text(f"geometric mean of the shares, {key}: {_percent(mean)}")
-        for key, mean in result["geomean"].items()
-        if mean is not None
-    ]
-    return [_table(f"{result['suite']}, with bias and ReLU", columns, rows), *means]
+        first = (row["name"], row["lowering"])
+        times = (_time(row["best"]), _time(row["median"]), f"{row['gflops']:.1f}")
+        if "bound" in row:
+            rates = (size(row["bytes"]), f"{row['gbytes']:.1f}", _percent(row["bandwidth_share"]))
+            memory.append((*first, row["bound"], *times, *rates))
+        else:
+            shares = (_percent(row["peak_share"]), _percent(row["peak_share_median"]))
+            compute.append((*first, _gemm(row), *times, *shares))
+    columns = ("layer", "lowering", "GEMM m x n x k", "best ms", "median ms", "GFLOP/s", "of peak", "median of peak")
+    bound = ("layer", "lowering", "bound by", "best ms", "median ms", "GFLOP/s", "bytes", "GB/s", "of memory read")
+    chosen = "" if result["shapes"] == result["of"] else f" ({result['shapes']} of its {result['of']} shapes)"
+    parts: list[Part] = []
+    if compute:
+        parts.append(Section(f"{result['suite']}{chosen}, with bias and ReLU", columns, compute))
+    if memory:
+        title = "bound by memory, not in the mean above; over 100 % where the operands stay in a cache"
+        parts.append(Section(title, bound, memory))
+    if out:
+        parts.append(Section("not applicable", ("layer", "lowering", "reason"), out))
+    return parts + _mean_lines(result)
 
 
-def _model(result: Mapping[str, Any]) -> list[RenderableType]:
+def _mean_lines(result: Mapping[str, Any]) -> list[Part]:
+    lines: list[Part] = []
+    for key, mean in result["geomean"].items():
+        if mean is not None:
+            median = result["geomean_median"][key]
+            lines.append(f"geometric mean of the peak, {key}: {_percent(mean)} (medians: {_percent(median)})")
+        if (memory := result["geomean_bandwidth"][key]) is not None:
+            lines.append(f"geometric mean of memory read, {key}, rows bound by memory: {_percent(memory)}")
+    return lines
+
+
+def _model(result: Mapping[str, Any]) -> list[Part]:
     rows, notes = [], []
     for name, engine in result["engines"].items():
         relative = engine["difference"]["relative"] if name != OURS else 0.0
@@ -90,24 +152,29 @@ def _model(result: Mapping[str, Any]) -> list[RenderableType]:
                 f"{engine['gflops']:.1f}",
                 _percent(engine["peak_share"]),
                 f"{engine['ratio']:.2f}",
+                f"{engine['ratio_best']:.2f}",
                 "-" if name == OURS else "not finite" if relative is None else f"{relative:.1e}",
             )
         )
         notes += _warnings(name, engine, result["tolerance"])
-    columns = ("engine", "best ms", "median ms", "p90 ms", "GFLOP/s", "of peak", "x ours", "difference")
+    columns = ("engine", "best ms", "median ms", "p90 ms", "GFLOP/s", "of peak", "x ours", "best x ours", "difference")
     title = f"{result['model']['name']}: {result['model']['macs'] / 1e9:.2f} G multiply-adds"
     kind_rows = [(k["kind"], str(k["calls"]), _time(k["seconds"]), _percent(k["share"])) for k in result["kinds"]]
-    slowest = sorted(result["kernels"], key=lambda row: -row["seconds"])[:MANY_KERNELS]
-    kernel_rows = [
-        (row["layer"] or "-", row["kernel"], row["lowering"] or "-", _time(row["seconds"]), _percent(row["share"]))
-        for row in slowest
-    ]
     return [
-        _table(title, columns, rows),
-        *(Text(note, style="yellow") for note in notes),
-        _table("ours, by kind of kernel", ("kind", "calls", "ms", "share"), kind_rows),
-        _table("ours, the slowest kernels", ("layer", "kernel", "lowering", "ms", "share"), kernel_rows),
+        Section(title, columns, rows),
+        *notes,
+        Section("ours, by layer", LAYER_COLUMNS, [_layer_row(row) for row in result["layers"]]),
+        Section("ours, by kind of kernel", ("kind", "calls", "ms", "share"), kind_rows),
+        f"convolutions and fully connected layers take {_percent(result['conv_fc_share'])} of our time",
     ]
+
+
+LAYER_COLUMNS = ("layer", "problem", "lowering", "ms", "share", "GFLOP/s", "of peak")
+
+
+def _layer_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    rates = (_time(row["seconds"]), _percent(row["share"]), f"{row['gflops']:.1f}", _percent(row["peak_share"]))
+    return (row["name"], problem_text(row["problem"]) or "-", row["lowering"] or "-", *rates)
 
 
 def _warnings(name: str, engine: Mapping[str, Any], tolerance: float) -> list[str]:
@@ -122,68 +189,102 @@ def _warnings(name: str, engine: Mapping[str, Any], tolerance: float) -> list[st
 def peers_report(
     models: Sequence[Any],
     *,
-    peers: Sequence[str],
+    peers: Sequence[str] = (),
     threads: int | None = None,
     repeat: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     lowering: Any = "auto",
     target: Any = "llvm",
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run `run_model` on several models, and compare ours with the fastest peer of each.
 
-    Returns a dict that is ready for JSON: `rows` (a model each: ours and each peer's median in seconds, `speedup` = the
-    fastest peer's median over ours), `geomean` and `min` of the speedups, the single `results`, and `markdown`, the
-    README's table. Raises InputError where no model or no peer is named, and as `run_model` does.
+    Returns a dict that is ready for JSON: `rows` (a model each: ours and each peer's median and best in seconds,
+    `speedup` = the fastest peer's median over ours, `speedup_best` = the least best time of a peer over ours,
+    `peak_share`, `conv_fc_share`), `geomean` and `min` of the speedups, the single `results`, and `markdown`, the
+    README's table. Raises InputError where no model is named, and as `run_model` does.
     """
-    if not models or not peers:
-        raise InputError("a comparison needs at least one model and one peer, as in: alexnet --peers onnxruntime")
+    if not models:
+        raise InputError("a comparison needs at least one model, as in: alexnet --peers onnxruntime")
     check_peers(peers)
+    for model in models:  # a misspelt name is found now, not after the models before it
+        if isinstance(model, str) and model not in ZOO and not Path(model).is_file():
+            import_model(model, shapes)
     options = {"peers": peers, "threads": threads, "repeat": repeat, "lowering": lowering, "target": target}
-    return summarize_peers([run_model(model, **options) for model in models], threads or default_threads(), target)
+
+    def run(model: Any) -> dict[str, Any]:
+        return run_model(model, shapes=shapes, progress=lambda line: progress(f"{model}: {line}"), **options)
+
+    return summarize_peers([run(model) for model in models], threads or default_threads(), target)
 
 
 def summarize_peers(results: Sequence[Mapping[str, Any]], threads: int, target: Any) -> dict[str, Any]:
     """The report of `peers_report` from finished results of `run_model`; an engine that disagrees is not a peer."""
-    rows: list[dict[str, Any]] = []
-    for result in results:
-        engines = result["engines"]
-        medians = {name: engine["median"] for name, engine in engines.items()}
-        right = {name: medians[name] for name in engines if name != OURS and engines[name]["agrees"]}
-        best = min(right, key=lambda name: right[name]) if right else None
-        rows.append(
-            {
-                "model": result["model"]["name"],
-                "medians": medians,
-                "fastest_peer": best,
-                "speedup": right[best] / medians[OURS] if best else None,
-                "peak_share": engines[OURS]["peak_share"],
-            }
-        )
+    rows = [_summary(result) for result in results]
     speedups = [row["speedup"] for row in rows if row["speedup"] is not None]
     report = header("peers", threads, target)
     report.update(rows=rows, geomean=geomean(speedups), min=min(speedups, default=None), results=list(results))
+    best = [row["speedup_best"] for row in rows if row["speedup_best"] is not None]
+    report.update(geomean_best=geomean(best), min_best=min(best, default=None))
     report["markdown"] = markdown(report)
     return report
 
 
+def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """One model's row of a comparison."""
+    engines = result["engines"]
+    right = [name for name in engines if name != OURS and engines[name]["agrees"]]
+    fastest = min(right, key=lambda name: float(engines[name]["median"])) if right else None
+    least = min((engines[name]["best"] for name in right), default=None)
+    return {
+        "model": result["model"]["name"],
+        "medians": {name: engine["median"] for name, engine in engines.items()},
+        "bests": {name: engine["best"] for name, engine in engines.items()},
+        "disagree": [name for name in engines if name != OURS and name not in right],
+        "fastest_peer": fastest,
+        "speedup": engines[fastest]["median"] / engines[OURS]["median"] if fastest else None,
+        "speedup_best": least / engines[OURS]["best"] if least else None,
+        "peak_share": engines[OURS]["peak_share"],
+        "peak": result["peak"]["gflops"],
+        "bandwidth": result["bandwidth"]["read"],
+        "conv_fc_share": result["conv_fc_share"],
+    }
+
+
 def markdown(report: Mapping[str, Any]) -> str:
-    """The table of a peers report in Markdown, medians in milliseconds, with the machine and the command below it."""
-    rows, mean, least = report["rows"], report["geomean"], report["min"]
+    """The table of a peers report in Markdown, with the machine and the command below it."""
+    return "\n\n".join(part if isinstance(part, str) else _markdown_table(part) for part in _peers(report))
+
+
+def _peers(report: Mapping[str, Any]) -> list[Part]:
+    rows = report["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["medians"]))
-    lines = [
-        "| network | " + " | ".join(f"{name} ms" for name in names) + " | speedup | of peak |",
-        "| --- |" + " ---: |" * (len(names) + 2),
-    ]
+    compared = len(names) > 1
+    columns = ["network", *(f"{name} ms" for name in names), *(["speedup"] if compared else []), "of peak", "conv + fc"]
+    lines = []
     for row in rows:
-        times = " | ".join(_time(row["medians"][n]) if n in row["medians"] else "-" for n in names)
-        speedup = f"{row['speedup']:.2f}" if row["speedup"] is not None else "-"
-        lines.append(f"| {row['model']} | {times} | {speedup} | {100 * row['peak_share']:.0f} % |")
-    machine = report["machine"]
-    if mean is not None:
-        lines += ["", f"Fastest peer's median over ours: geometric mean {mean:.2f}, least {least:.2f}."]
-    where = f"{machine['cpu']}, {machine['threads']} threads, {report['date'][:10]}"
-    lines += ["", f"Medians. {where}; made by `{report['command']}`."]
-    return "\n".join(lines)
+        times = [f"{_time(row['medians'][n])} / {_time(row['bests'][n])}" if n in row["medians"] else "-" for n in names]
+        ratio = "-" if row["speedup"] is None else f"{row['speedup']:.2f} / {row['speedup_best']:.2f}"
+        shares = [f"{100 * row['peak_share']:.0f} %", f"{100 * row['conv_fc_share']:.0f} %"]
+        lines.append([row["model"], *times, *([ratio] if compared else []), *shares])
+    parts: list[Part] = [Section("", columns, lines)]
+    for row in rows:
+        if row["disagree"]:
+            what = ", ".join(row["disagree"])
+            parts.append(f"warning: {row['model']}: {what} computed something else, and is no peer there.")
+    if report["geomean"] is not None:
+        parts.append(
+            f"Fastest peer over ours: geometric mean {report['geomean']:.2f}, least {report['min']:.2f} of the medians; "
+            f"geometric mean {report['geomean_best']:.2f}, least {report['min_best']:.2f} of the best times."
+        )
+    return [*parts, _provenance(report)]
 
 
-def _peers(result: Mapping[str, Any]) -> list[RenderableType]:
-    return [Text(result["markdown"])]
+def _provenance(report: Mapping[str, Any]) -> str:
+    rows, machine = report["rows"], report["machine"]
+    peaks, reads = [row["peak"] for row in rows], [row["bandwidth"] for row in rows]
+    return (
+        f"Median / best. {machine['cpu']}, {machine['threads']} threads, measured beside them: "
+        f"{min(peaks):.0f} to {max(peaks):.0f} GFLOP/s of multiply-adds, memory read {min(reads):.1f} to {max(reads):.1f} "
+        f"GB/s; {report['date'][:10]}; made by `{report['command']}`."
+    )
