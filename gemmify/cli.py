@@ -50,31 +50,60 @@ def _lowering(text: str) -> str | dict[str, str]:
     return chosen
 
 
+def _bench_lowering(text: str) -> str | dict[str, str]:
+    return _lowering(text) if "=" in text else ",".join(_names(text))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME,NAME,...")
+    return names
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
 def _size(text: str) -> int:
-    """Bytes: "1048576", "512K", "64M", "1G"."""
-    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
-    digits = text if factor == 1 else text[:-1]
-    if not digits.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, e.g. 1048576 or 64M")
-    return int(digits) * factor
+    """Bytes: "1048576", "512K", "512KiB", "64M", "1GiB"; the units are powers of 1,024, in either case."""
+    digits = text.rstrip("BGIKMbgikm")
+    unit = text[len(digits) :].upper().removesuffix("IB") if len(text) - len(digits) == 3 else text[len(digits) :].upper()
+    if not digits.isdecimal() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, e.g. 1048576, 512KiB or 64MiB")
+    return int(digits) * _UNITS[unit]
 
 
-def _compile_options(parser: argparse.ArgumentParser) -> None:
+def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None:
     parser.add_argument("--target", help='"llvm" is this machine; else e.g. "llvm -mcpu=x86-64-v3"')
     parser.add_argument("--lowering", type=_lowering, metavar="KEY|LAYER=KEY,...", help="default: auto")
     parser.add_argument("--strict", action="store_true", help="fail where the lowering does not fit a layer")
     parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
     parser.add_argument(
-        "--max-workspace", type=_size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 1M"
+        "--max-workspace", type=_size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 65536 or 1MiB"
     )
-    parser.add_argument("--plan", metavar="FILE", help="a plan: layer -> lowering")
-    parser.add_argument("--dump", metavar="DIR", help="write the module after each stage there")
+    parser.add_argument("--plan", metavar="FILE", help="a plan, as `gemmify plan` writes it: layer -> lowering")
+    if dump:
+        parser.add_argument("--dump", metavar="DIR", help="write the module after each stage there")
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="*", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--suite", metavar="NAME", help="the layers of a suite instead of models: layers or gemm")
+    parser.add_argument("--layer", metavar="NAME", help="of the suite, those of this name or pattern, e.g. 'resnet50:*'")
+    parser.add_argument("--quick", action="store_true", help="of the suite, few shapes and few runs")
+    parser.add_argument("--target", help="default: this machine")
+    parser.add_argument("--peers", type=_names, default=(), metavar="NAME,...", help="onnxruntime, openvino, torch")
+    parser.add_argument("--repeat", type=_positive, metavar="N", help="timed runs (default: 40, of a suite 15)")
+    parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
+    lowering = "default: auto for models; for a suite plain (pointwise, depthwise, dense, else implicit-gemm)"
+    parser.add_argument("--lowering", type=_bench_lowering, metavar="KEY,...|LAYER=KEY,...", help=lowering)
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 
 def _chosen_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +115,7 @@ def _chosen_options(args: argparse.Namespace) -> dict[str, Any]:
         "shapes": dict(args.shape) if args.shape else None,
         "max_workspace": args.max_workspace,
         "plan": args.plan,
-        "dump_dir": args.dump,
+        "dump_dir": getattr(args, "dump", None),
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -114,6 +143,11 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL|LIB", help=_MODEL + ", or a library")
     inspect.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
 
+    plan = verb("plan", "choose the lowering of each layer and write it as a plan; compiles nothing", threads=False)
+    plan.add_argument("model", metavar="MODEL", help=_MODEL)
+    plan.add_argument("-o", "--output", metavar="PLAN.json", help="default: the model's name with .plan.json")
+    _compile_options(plan, dump=False)
+
     compile_ = verb("compile", "write a shared library")
     compile_.add_argument("model", metavar="MODEL", help=_MODEL)
     compile_.add_argument("-o", "--output", metavar="OUT.so", help="default: the model's name with .so")
@@ -135,15 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--tolerance", type=float, default=1e-4, help="of the largest absolute output (default 1e-4)")
     _compile_options(verify)
 
-    bench = verb("bench", "time layers against the machine's limits, or a network against other engines")
-    bench.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL)
-    bench.add_argument("--suite", metavar="NAME", help="a suite of layers instead of a model")
-    bench.add_argument("--layer", metavar="NAME", help="one layer of the suite")
-    bench.add_argument("--target", help="for a suite: the target")
-    bench.add_argument("--peers", default="", metavar="NAME,...", help="other engines, e.g. onnxruntime,openvino")
-    bench.add_argument("--repeat", type=_positive, metavar="N", help="timed runs")
-    bench.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
-    bench.add_argument("--lowering", type=_lowering, default="auto", metavar="KEY|LAYER=KEY,...", help="default: auto")
+    bench = verb("bench", "time layers against the machine's limits, or networks against other engines")
+    _bench_options(bench)
     return parser
 
 
@@ -154,6 +181,8 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
         result = command.execute()
     elif args.verb == "inspect":
         result = command.execute(args.model, dict(args.shape or []) or None)
+    elif args.verb == "plan":
+        result = command.execute(args.model, args.output, _chosen_options(args))
     elif args.verb == "compile":
         with Progress() as progress:
             options = _chosen_options(args) | {"threads": args.threads}
@@ -171,10 +200,9 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
         }
         result = command.execute(args.model, args.library, options=_chosen_options(args), **keywords)
     else:
-        peers = tuple(p for p in args.peers.split(",") if p)
-        shapes = dict(args.shape) if args.shape else None
-        options = {"peers": peers, "threads": args.threads, "repeat": args.repeat, "shapes": shapes}
-        result = command.execute(args.model, args.suite, args.layer, args.target, options | {"lowering": args.lowering})
+        names = ("layer", "lowering", "quick", "peers", "target", "threads", "repeat")
+        keywords = {name: getattr(args, name) for name in names} | {"shapes": dict(args.shape or []) or None}
+        result = command.execute(args.model, args.suite, **keywords)
     return result
 
 
@@ -193,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(words)
         command = importlib.import_module(f".commands.{args.verb}", __package__)
         result = _execute(command, args)
-        emit(result, args.json, command.show)
+        emit(result, args.json, command.show_markdown if getattr(args, "markdown", False) else command.show)
         if hasattr(command, "check"):
             command.check(result)
         sys.stdout.flush()

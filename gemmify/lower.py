@@ -56,11 +56,16 @@ def lower_layers(
 
 
 def _layer_functions(mod: tvm.IRModule) -> dict[str, relax.Function]:
-    return {
+    """The functions of layers by name, in the order in which `main` calls them."""
+    found = {
         gv.name_hint: func
         for gv, func in mod.functions_items()
         if isinstance(func, relax.Function) and func.attrs is not None and LAYER_ATTR in func.attrs
     }
+    values = [binding.value for block in mod["main"].body.blocks for binding in block.bindings]
+    called = [str(getattr(v.op, "name_hint", "")) for v in values if isinstance(v, relax.Call)]
+    order = [name for name in dict.fromkeys(called) if name in found]
+    return {name: found[name] for name in [*order, *sorted(set(found) - set(order))]}
 
 
 def choose_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, tuple[LayerSite, Choice]]:

@@ -153,8 +153,13 @@ def _policy(lowering_arg: Any, strict: bool, max_workspace: int | None, plan: An
         return make_policy(lowering_arg, strict, max_workspace)
     if lowering_arg != "auto":
         raise InputError("both a plan and a lowering were given; a plan already names the lowering of each layer")
-    found = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
-    return make_policy(found.layers, strict, max_workspace)
+    if isinstance(plan, Plan):
+        return make_policy(plan.layers, strict, max_workspace)
+    found = Plan.load(Path(plan))
+    try:
+        return make_policy(found.layers, strict, max_workspace)
+    except InputError as err:
+        raise InputError(f"the plan {plan}: {err}") from err
 
 
 class _Stages:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .export import write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Column = tuple[str, str, Callable[[Any], str]]
 """Heading, key of the row, and how a value is written."""
@@ -55,17 +58,22 @@ def gemm(value: Any) -> str:
     return " x ".join(str(v) for v in value) if value else ""
 
 
-def table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> None:
-    """Print `rows` as a table; on a pipe with columns as wide as their text, so that nothing is cut."""
+def console() -> Console:
+    """A rich console on the standard output; on a pipe so wide that nothing is cut."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     class Pipe(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would end the process with 1; a reader that has seen enough is no failure
 
-    console = Pipe() if sys.stdout.isatty() else Pipe(width=1000)
+    return Pipe() if sys.stdout.isatty() else Pipe(width=1000)
+
+
+def table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> None:
+    """Print `rows` as a table."""
+    from rich.table import Table
+    from rich.text import Text
+
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     numeric = {count, size, duration, share}
     for heading, _, written in columns:
@@ -73,7 +81,7 @@ def table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, Any]])
     for row in rows:
         # Text, not markup: a layer name may hold square brackets.
         made.add_row(*(Text(written(row.get(key))) for _, key, written in columns))
-    console.print(made)
+    console().print(made)
 
 
 def problem_text(problem: Any) -> str:

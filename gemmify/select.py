@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 from lowering import LOWERINGS, ConvProblem, Lowering, LoweringCost, Problem, Reason, Tile
@@ -54,9 +54,10 @@ class Policy:
     max_workspace: int | None = None
 
     def __post_init__(self) -> None:
-        for key in (self.default, *(self.layers or {}).values()):
+        asked = [("", self.default), *((f" (of layer {name})", key) for name, key in (self.layers or {}).items())]
+        for layer, key in asked:
             if key != "auto" and key not in LOWERINGS:
-                raise InputError(f"lowering {key!r} is not known; choose auto or one of {', '.join(LOWERINGS)}")
+                raise InputError(f"lowering {key!r}{layer} is not known; choose auto or one of {', '.join(LOWERINGS)}")
         if self.max_workspace is not None and self.max_workspace < 0:
             raise InputError(f"the workspace bound must be at least 0 bytes, got {self.max_workspace}")
 
@@ -98,6 +99,9 @@ def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: 
     together); transforms and workspaces (written once, read once, from the shared cache) come on top.
     """
     gemm = modelled_cycles(tile_request(lowering, problem), machine, tile.mr, tile.nr) * cost.read_factor
+    if cost.tasks is not None:
+        # Each thread takes an equal share of whole tasks: the slowest decides.
+        gemm *= ceil(cost.tasks / machine.cores) * machine.cores / cost.tasks
     cached = cost.weight_bytes <= machine.l3_bytes
     again = machine.shared_bytes_per_cycle if cached else machine.memory_bytes_per_cycle
     weights = cost.weight_bytes * (1 / machine.memory_bytes_per_cycle + (cost.weight_reads - 1) / again)

@@ -1,7 +1,8 @@
 """Does a compiled network compute what its model says? Compared with an independent engine on seeded random inputs.
 
-The reference is ONNX Runtime where it is installed; else, for an ONNX model, onnx's own reference evaluator on the
-model cast to float64 (slow: a ResNet-50 takes minutes); for a `.pt2` file PyTorch in float64.
+The reference is ONNX Runtime where it is installed; else, for an ONNX model, onnx's reference evaluator on the model
+cast to float64, with our own operators where its own are wrong or slow (`reference_ops`); for a `.pt2` file PyTorch in
+float64.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ def _widen_tensor(tensor: Any) -> None:
 def _run_float64(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     from onnx.reference import ReferenceEvaluator
 
+    from .reference_ops import OPERATORS
+
     wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in inputs.items()}
-    evaluator = ReferenceEvaluator(to_float64(model))
+    evaluator = ReferenceEvaluator(to_float64(model), new_ops=list(OPERATORS))
     return dict(zip(evaluator.output_names, evaluator.run(None, wide), strict=True))
 
 

@@ -212,6 +212,7 @@ class Winograd(Lowering):
         columns = ceil_div(problem.m, tile.nr) * tile.nr
         weights = problem.element * positions * problem.c_group * columns
         workspace = {} if self.fused(problem) else {"winograd_input": problem.element * positions * tiles * problem.c}
+        blocks = problem.n * form.blocks[0] * form.blocks[1]
         bt, at = _terms(transforms(form.m, form.r).bt), _terms(transforms(form.m, form.r).at)
         transform = tiles * (2 * form.alpha * bt * problem.c + (form.alpha + form.m) * at * columns)
         return LoweringCost(
@@ -223,7 +224,8 @@ class Winograd(Lowering):
             error_growth=problem.c_group**0.5 * float(_amplification(self.m, form.r)),
             workspace=workspace,
             extra_flops=transform,
-            weight_reads=problem.n * form.blocks[0] * form.blocks[1],
+            weight_reads=blocks,
+            tasks=blocks if not workspace else blocks * (columns // tile.nr),
             thread_bytes=problem.element * positions * form.tiles * (tile.nr + (problem.c if not workspace else 0)),
         )
 

@@ -101,7 +101,7 @@ def assert_lowered(model: onnx.ModelProto, layers: list[dict[str, Any]], key: st
 
 
 def assert_memory(layers: list[dict[str, Any]], memory: dict[str, int]) -> None:
-    """The workspace that is allocated is that of the layer that needs most: layers share one arena, one after another."""
+    """The workspace that is allocated is that of the layer that needs most: layers share one arena."""
     most = max(layer["workspace_bytes"] for layer in layers)
     assert memory["workspace"] <= memory["arena"]
     assert memory["workspace"] + memory["kernels"] >= most

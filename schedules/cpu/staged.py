@@ -34,6 +34,7 @@ def schedule_staged(sch: s_tir.Schedule, chains: list[Any], gemm: Any | None, ma
     # 1.
     outer, vector = schedule_chain(sch, behind[0], machine, stop=product)
     place_consumer(sch, store, vector, lanes)
+    sch.set_scope(behind[0], 0, "local")
     # 2.
     if ahead:
         at_block = sch.fuse(*outer[:-1])

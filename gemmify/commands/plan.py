@@ -1,0 +1,35 @@
+"""`gemmify plan MODEL`: the lowering of each layer as a file to read, edit and hold a compilation to; compiles nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import report
+from ..export import check_destination
+
+
+def execute(model: str, output: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Plan `model` with the keyword `options` of `pipeline.plan_model`; write `output` (default: MODEL's stem + .plan.json).
+
+    Returns {output, model, plan, layers}.
+    """
+    from ..threads import import_tvm
+
+    place = check_destination(output or Path(model).stem + ".plan.json")
+    import_tvm(compiler=True)
+    from ..pipeline import plan_model
+
+    planned = plan_model(model, **options)
+    planned.plan.save(place)
+    return {
+        "output": str(place),
+        "model": planned.model,
+        "plan": planned.plan.to_dict(),
+        "layers": planned.layers,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    report.layers_table(result["layers"])
+    print(f"wrote {result['output']}; edit it, and compile with --plan {result['output']}")

@@ -1,0 +1,80 @@
+"""Minimal filtering: the matrices are exact, the scratch is what the formula says, the errors are ordered by m."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import tvm
+from oracle import random_arrays, reference
+
+from gemmify.kernels import layer_kernels
+from gemmify.layer import compile_layer
+from gemmify.pipeline_build import kernel_workspace_bytes
+from lowering import LOWERINGS, conv2d
+from lowering.winograd import POINTS, transforms
+from schedules import Machine, parse_target
+
+FORMS = [(2, 3), (4, 3), (6, 3), (2, 5), (4, 5)]
+KEYS = ["winograd-2", "winograd-4", "winograd-6"]
+
+
+@pytest.mark.parametrize(("m", "r"), FORMS)
+def test_transforms_filter_exactly(m: int, r: int) -> None:
+    t = transforms(m, r)
+    rng = np.random.default_rng(m * 10 + r)
+    d = [Fraction(int(v)) for v in rng.integers(-50, 50, m + r - 1)]
+    g = [Fraction(int(v)) for v in rng.integers(-50, 50, r)]
+
+    def apply(matrix: tuple[tuple[Fraction, ...], ...], vector: list[Fraction]) -> list[Fraction]:
+        return [sum((x * v for x, v in zip(row, vector, strict=True)), Fraction(0)) for row in matrix]
+
+    product = [u * v for u, v in zip(apply(t.g, g), apply(t.bt, d), strict=True)]
+    assert apply(t.at, product) == [sum((d[i + k] * g[k] for k in range(r)), Fraction(0)) for i in range(m)]
+
+
+def test_too_few_points_is_an_error() -> None:
+    with pytest.raises(ValueError, match=f"{len(POINTS)} are known"):
+        transforms(len(POINTS), 5)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "problem", [conv2d(64, 56, 56, 64, 3), conv2d(20, 14, 14, 33, 3), conv2d(16, 12, 28, 24, 3, g=2, n=2)]
+)
+def test_scratch_in_the_kernel_is_the_formula(key: str, problem: object) -> None:
+    target = parse_target("llvm")
+    kernels = layer_kernels(LOWERINGS[key], problem, Machine.from_target(target))  # type: ignore[arg-type]
+    funcs = {f"f{i}": k.func for i, k in enumerate(kernels.kernels) if k.kind != "weight"}
+    assert kernels.cost.tasks is not None
+    for threads in (1, min(3, kernels.cost.tasks)):
+        hidden = kernel_workspace_bytes(tvm.IRModule(funcs), target, threads)
+        assert kernels.cost.workspace_bytes + sum(hidden.values()) == kernels.cost.scratch(threads)
+
+
+def test_error_grows_with_m_and_stays_small() -> None:
+    problem = conv2d(64, 20, 20, 32, 3)
+    data, weight = random_arrays(problem, 3)
+    want = reference(problem, data, weight)
+    errors = {}
+    for key in ("implicit-gemm", *KEYS):
+        got = compile_layer(problem, key, parse_target("llvm"), epilogue=()).run(data, weight)
+        errors[key] = float(np.abs(got - want).max() / np.abs(want).max())
+    assert errors["winograd-2"] < errors["winograd-4"] < errors["winograd-6"] < 5e-5
+    assert errors["winograd-4"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (conv2d(8, 9, 9, 8, 3, 2), "needs stride 1, got 2x2"),
+        (conv2d(8, 9, 9, 8, 3, d=2), "needs dilation 1, got 2x2"),
+        (conv2d(8, 9, 9, 8, 1), "needs a 3x3 kernel"),
+        (conv2d(8, 9, 9, 8, 3, g=8), "more than one channel a group"),
+    ],
+)
+def test_reasons(problem: object, text: str) -> None:
+    for key in KEYS:
+        reason = LOWERINGS[key].applicable(problem)  # type: ignore[arg-type]
+        assert reason is not None and text in str(reason)
