@@ -73,7 +73,8 @@ _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def _size(text: str) -> int:
     """Bytes: "1048576", "512K", "512KiB", "64M", "1GiB"; the units are powers of 1,024, in either case."""
     digits = text.rstrip("BGIKMbgikm")
-    unit = text[len(digits) :].upper().removesuffix("IB") if len(text) - len(digits) == 3 else text[len(digits) :].upper()
+    unit = text[len(digits) :].upper()
+    unit = unit[0] if len(unit) == 3 and unit.endswith("IB") else unit
     if not digits.isdecimal() or unit not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, e.g. 1048576, 512KiB or 64MiB")
     return int(digits) * _UNITS[unit]
@@ -95,7 +96,7 @@ def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="*", metavar="MODEL", help=_MODEL)
     parser.add_argument("--suite", metavar="NAME", help="the layers of a suite instead of models: layers or gemm")
-    parser.add_argument("--layer", metavar="NAME", help="of the suite, those of this name or pattern, e.g. 'resnet50:*'")
+    parser.add_argument("--layer", metavar="NAME", help="of the suite, this name or pattern, e.g. 'vgg16:*'")
     parser.add_argument("--quick", action="store_true", help="of the suite, few shapes and few runs")
     parser.add_argument("--target", help="default: this machine")
     parser.add_argument("--peers", type=_names, default=(), metavar="NAME,...", help="onnxruntime, openvino, torch")
@@ -143,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL|LIB", help=_MODEL + ", or a library")
     inspect.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
 
-    plan = verb("plan", "choose the lowering of each layer and write it as a plan; compiles nothing", threads=False)
+    plan = verb("plan", "choose the lowering of each layer and write it as a plan; compiles nothing")
     plan.add_argument("model", metavar="MODEL", help=_MODEL)
     plan.add_argument("-o", "--output", metavar="PLAN.json", help="default: the model's name with .plan.json")
     _compile_options(plan, dump=False)
@@ -182,7 +183,7 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
     elif args.verb == "inspect":
         result = command.execute(args.model, dict(args.shape or []) or None)
     elif args.verb == "plan":
-        result = command.execute(args.model, args.output, _chosen_options(args))
+        result = command.execute(args.model, args.output, _chosen_options(args) | {"threads": args.threads})
     elif args.verb == "compile":
         with Progress() as progress:
             options = _chosen_options(args) | {"threads": args.threads}

@@ -1,6 +1,7 @@
 """The exceptions that gemmify raises on purpose, and the exit code that each one carries.
 
-*Not applicable* is a value (`lowering.base.Reason`), *wrong input* is one of these exceptions, *our bug* is an assertion.
+*Not applicable* is a value (`lowering.base.Reason`), *wrong input* is one of these exceptions, *our bug* is an
+assertion.
 Every message is one sentence or two: what was asked, what is required, what was found, what to try.
 """
 

@@ -1,4 +1,5 @@
-"""Weight stages on constants: a tensor expression evaluated with numpy, so that folding a weight compiles and runs no code.
+"""Weight stages on constants: a tensor expression evaluated with numpy, so that folding a weight compiles and runs
+no code.
 
 The same expression that a lowering writes for its weight stage is interpreted here, whole arrays at a time: each axis
 becomes an index array along its own dimension. Code for another CPU than this one can therefore be made here.
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from tvm import te
 
-# An axis that a Select asks for its value is stepped through in Python where it is short: one branch is taken at each step.
+# An axis that a Select asks for its value is stepped through in Python where it is short: one branch is taken at
+# each step.
 _STEP_EXTENT = 8
 
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from tvm import te, tirx
@@ -17,8 +17,8 @@ from schedules.cpu.tile import TileRequest, choose_tile
 
 @dataclass(frozen=True)
 class Kernel:
-    """One stage, scheduled. `reads` names the stages (or `data`, `weight`) that are its first arguments; the output stage
-    also takes the epilogue's operands, then every kernel takes the tensor that it writes, of shape `shape`."""
+    """One stage, scheduled. `reads` names the stages (or `data`, `weight`) that are its first arguments; the output
+    stage also takes the epilogue's operands, then every kernel takes the tensor that it writes, of shape `shape`."""
 
     name: str
     reads: tuple[str, ...]
@@ -40,10 +40,7 @@ class LayerKernels:
 
 def tile_request(lowering: Lowering, problem: Problem) -> TileRequest:
     """What the tile model is asked for a lowering of `problem`."""
-    axes = lowering.axes(problem)
-    return TileRequest(
-        axes.outer, axes.inner, axes.n, axes.k, axes.groups, problem.dtype, axes.vector_a, axes.nr_divides, axes.mr_divides
-    )
+    return TileRequest(dtype=problem.dtype, **asdict(lowering.axes(problem)))
 
 
 @lru_cache(maxsize=4096)
@@ -100,5 +97,3 @@ def _stage_kernel(
     if stage.kind == "workspace":
         func = func.with_attr("gemmify.workspace", 1)
     return Kernel(stage.name, stage.reads, func, stage.kind, shape)
-
-

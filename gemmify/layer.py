@@ -36,7 +36,9 @@ class LayerKernel:
         return sum(int(np.prod(k.shape)) * element for k in self.kernels.kernels if k.kind == "workspace")
 
     def bind(self, data: np.ndarray, weight: np.ndarray, operands: Sequence[np.ndarray] = ()) -> None:
-        """Give the layer its tensors (in the lowering's layout) and transform the weight; everything it will write is NaN."""
+        """Give the layer its tensors (in the lowering's layout) and transform the weight; everything it will write
+        is NaN.
+        """
         self._tensors = {"data": tvm.runtime.tensor(data), "weight": tvm.runtime.tensor(weight)}
         self._operands = [tvm.runtime.tensor(o) for o in operands]
         self._calls = []
@@ -101,7 +103,9 @@ def compile_layer(
         raise InputError(f"lowering {lowering.key} does not apply: {reason}")
     kernels = layer_kernels(lowering, problem, Machine.from_target(target), tuple(epilogue), tile)
     functions = [
-        tvm.compile(tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target, tir_pipeline=TIR_PIPELINE)
+        tvm.compile(
+            tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target, tir_pipeline=TIR_PIPELINE
+        )
         for k in kernels.kernels
     ]
     return LayerKernel(kernels, functions)

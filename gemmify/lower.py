@@ -1,13 +1,14 @@
 """Layer functions -> kernels: each call of a `gemmify.layer` function becomes the `call_tir`s of its lowering.
 
-Weights are transformed here, once, and stay as constants. Activations stay channels last; a lowering that works channels first gets explicit conversions around it.
+Weights are transformed here, once, and stay as constants. Activations stay channels last; a lowering that works
+channels first gets explicit conversions around it.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,7 @@ class _Plan:
     kernels: LayerKernels
 
 
-def lower_layers(
-    mod: tvm.IRModule, machine: Machine, policy: Policy
-) -> tuple[tvm.IRModule, list[LoweredLayer]]:
+def lower_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> tuple[tvm.IRModule, list[LoweredLayer]]:
     """Replace every layer function that a lowering can express; the others stay Relax. Raises InputError (strict keys,
     layer names of the policy that the model does not have)."""
     plans = _plan_layers(mod, machine, policy)
@@ -217,5 +216,3 @@ class _Rewriter:
         if output_shape(site.problem) != tuple(site.out_shape):
             value = bb.emit(relax.op.reshape(value, site.out_shape))
         return value
-
-

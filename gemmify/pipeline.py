@@ -1,4 +1,4 @@
-"""The whole compilation, readable top to bottom: model -> Relax -> layers as GEMMs -> scheduled kernels -> executable."""
+"""The whole compilation, top to bottom: model -> Relax -> layers as GEMMs -> scheduled kernels -> executable."""
 
 from __future__ import annotations
 
@@ -63,15 +63,17 @@ def plan_model(
     strict: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     plan: Plan | str | PathLike[str] | None = None,
+    threads: int | None = None,
     max_workspace: int | None = None,
 ) -> Planned:
     """Choose the lowering of every layer of `model` as `compile_model` does with the same arguments; same errors."""
     machine = Machine.from_target(resolve_target(target))
     policy = _policy(lowering, strict, max_workspace, plan)
+    count = threads or default_threads()
     imported = import_model(model, shapes)
     chosen = list(choose_layers(lowering_graph(imported.mod), machine, policy).values())
     found = Plan({site.name: choice.lowering.key for site, choice in chosen})
-    return Planned(imported.name, found, [_describe(site, choice) for site, choice in chosen])
+    return Planned(imported.name, found, [_describe(site, choice, count) for site, choice in chosen])
 
 
 def resolve_target(target: Any) -> tvm.target.Target:
@@ -214,10 +216,10 @@ def _manifest(
 
 def describe(layer: LoweredLayer, threads: int) -> dict[str, Any]:
     """What `m.layers` says of one layer that `threads` threads work on."""
-    return {**_describe(layer.site, layer.choice), "kernels": layer.functions}
+    return {**_describe(layer.site, layer.choice, threads), "kernels": layer.functions}
 
 
-def _describe(site: LayerSite, choice: Choice) -> dict[str, Any]:
+def _describe(site: LayerSite, choice: Choice, threads: int) -> dict[str, Any]:
     problem, cost = site.problem, choice.cost
     gemm = cost.gemms[0]
     return {

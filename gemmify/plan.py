@@ -47,7 +47,7 @@ class Plan:
         for name, key in layers.items():
             if not isinstance(key, str):
                 found = json.dumps(key)[:40]
-                raise InputError(f"the plan {path} must give layer {name!r} the key of a lowering or auto, found {found}")
+                raise InputError(f"the plan {path} must give layer {name!r} a lowering's key or auto, found {found}")
         return cls(dict(layers))
 
     def save(self, path: str | PathLike[str]) -> Path:

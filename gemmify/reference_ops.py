@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from onnx.reference.op_run import OpRun
+
+Place: TypeAlias = Any
+"""An index of an array: `...` and slices or numbers, which NumPy's own types do not name."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Windows:
         """Each kernel position with what it reads of the padded `x`: a view (N, C, *out)."""
         for tap in np.ndindex(*self.kernel):
             sides = zip(tap, self.dilation, self.out, self.stride, strict=True)
-            yield tap, x[(..., *(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, o, s in sides))]
+            place: Place = (..., *(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, o, s in sides))
+            yield tap, x[place]
 
 
 def windows(size: Sequence[int], kernel: Sequence[int], attributes: dict[str, Any]) -> Windows:
@@ -83,7 +87,8 @@ class Conv(OpRun):
         out = np.zeros((x.shape[0], groups, grouped.shape[1], *where.out), x.dtype)
         for tap, read in where.taps(where.padded(x, 0)):
             part = read.reshape(x.shape[0], groups, -1, prod(where.out))
-            out += (grouped[(..., *tap)] @ part).reshape(out.shape)
+            at: Place = (..., *tap)
+            out += (grouped[at] @ part).reshape(out.shape)
         result = out.reshape(x.shape[0], w.shape[0], *where.out)
         return (result if b is None else result + b.reshape(-1, *[1] * len(where.out)),)
 
@@ -102,11 +107,12 @@ class ConvTranspose(OpRun):
         part = x.reshape(x.shape[0], groups, -1, prod(x.shape[2:]))
         result = np.zeros((x.shape[0], groups, w.shape[1], *full), x.dtype)
         for tap in np.ndindex(*w.shape[2:]):
-            product = np.swapaxes(grouped[(..., *tap)], 1, 2) @ part
+            at: Place = (..., *tap)
+            product = np.swapaxes(grouped[at], 1, 2) @ part
             where = zip(tap, dilation, x.shape[2:], stride, strict=True)
-            place = (..., *(slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in where))
+            place: Place = (..., *(slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in where))
             result[place] += product.reshape(*product.shape[:3], *x.shape[2:])
-        crop = (..., *(slice(p, p + o) for p, o in zip(before, out, strict=True)))
+        crop: Place = (..., *(slice(p, p + o) for p, o in zip(before, out, strict=True)))
         result = result[crop].reshape(x.shape[0], -1, *out)
         return (result if b is None else result + b.reshape(-1, *[1] * rank),)
 

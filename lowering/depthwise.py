@@ -28,7 +28,8 @@ class Depthwise(Lowering):
     """`O[n, o, c] = sum_k I[n, o s + k d - p, c] W[c, k]` for `g = C = M`: its GEMM is a matrix-vector product.
 
     A register tile of `mr` pixels by `nr` channels; both operands are read as vectors along the channels. Reads
-    `(N, *size, C)` and writes `(N, *out, C)`. Padding is a condition a pixel and tap, for a whole vector of channels: that
+    `(N, *size, C)` and writes `(N, *out, C)`. Padding is a condition a pixel and tap, for a whole vector of
+    channels: that
     costs less than copying the input, and takes no workspace. Source: Howard et al.
     2017, MobileNets, section 3.1 (arXiv 1704.04861).
     """
@@ -44,9 +45,7 @@ class Depthwise(Lowering):
             return reason
         assert isinstance(problem, ConvProblem)
         if not (problem.groups == problem.c == problem.m):
-            return Reason(
-                f"needs groups = C = M, got groups {problem.groups}, C {problem.c}, M {problem.m}"
-            )
+            return Reason(f"needs groups = C = M, got groups {problem.groups}, C {problem.c}, M {problem.m}")
         return None
 
     def axes(self, problem: Problem) -> GemmAxes:

@@ -32,7 +32,8 @@ class Direct(Lowering):
 
         O[n, o, m] = sum_{k, c} I[n, o s + k d - p, g(m) C/g + c] W[m, k, c],  I = 0 outside
 
-    Reads `(N, *size, C)`, writes `(N, *out, M)`; a fully connected layer is `dense`. The channels of all groups form one
+    Reads `(N, *size, C)`, writes `(N, *out, M)`; a fully connected layer is `dense`. The channels of all groups form
+    one
     axis, so that a depthwise layer with a multiplier, too, has a form. Source: the definition (Caffe, `Convolution`).
     """
 

@@ -39,7 +39,8 @@ class Im2col(Lowering):
     """Patches as the columns of a matrix, `L[n, c, kh, kw, y Wo + x] = I[n, c, y s + kh d - p, x s + kw d - p]`, then
     `O[n, :, :] = W·L[n]`.
 
-    GEMM per image and group `[M/g x C/g K^2]·[C/g K^2 x Ho Wo]`. Reads `(N, C, *size)` and writes `(N, M, *out)`: channels
+    GEMM per image and group `[M/g x C/g K^2]·[C/g K^2 x Ho Wo]`. Reads `(N, C, *size)` and writes `(N, M, *out)`:
+    channels
     first, as in Caffe. The rows of L are rounded up to the register tile's width `nr`, so the workspace is
     `e N C K^2 roundup(Ho Wo, nr)` bytes. Source: Chellapilla et al. 2006; Jia, "Convolution in Caffe: a memo".
     """

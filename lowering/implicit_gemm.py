@@ -73,7 +73,9 @@ def conv_cost(problem: ConvProblem, tile: Tile, workspace: dict[str, int]) -> Lo
 
 
 def conv_gemm(problem: ConvProblem, tile: Tile, epilogue: Epilogue, read_a: ReadA, packed: te.Tensor) -> te.Tensor:
-    """`[Ho Wo x K^2 C/g]·[K^2 C/g x M/g]` for every image and group, A read by `read_a`, B from `pack_stage`'s panels."""
+    """`[Ho Wo x K^2 C/g]·[K^2 C/g x M/g]` for every image and group, A read by `read_a`, B from `pack_stage`'s
+    panels.
+    """
     *outer, inner = problem.out_size
     return tile_gemm(
         outer=(problem.n, *outer),

@@ -6,7 +6,8 @@ Both operands are given by their address computation:
     out[o..., x, g, n]       = epilogue(acc[o..., x // mr, g, n // nr, x % mr, n % nr])
 
 (the axis `g` of `out` is there only where there are groups). The block `acc` carries the annotation `gemmify.axes`, one
-letter a spatial axis, which is all that a schedule is told: `o` an independent outer axis, `t` the tile along m, `p` the
+letter a spatial axis, which is all that a schedule is told: `o` an independent outer axis, `t` the tile along m, `p`
+the
 panel along n, `i`/`j` the row/column within the tile.
 """
 

@@ -19,12 +19,13 @@ def window_index(problem: ConvProblem, out: Sequence[Any], taps: Sequence[Any], 
     """
     before = (0,) * problem.dims if padded else problem.pad_before
     return [
-        o * s + tap * d - p
-        for o, s, tap, d, p in zip(out, problem.stride, taps, problem.dilation, before, strict=True)
+        o * s + tap * d - p for o, s, tap, d, p in zip(out, problem.stride, taps, problem.dilation, before, strict=True)
     ]
 
 
-def read_padded(problem: ConvProblem, data: te.Tensor, n: Any, where: Sequence[Any], c: Any, layout: str = "NHWC") -> Any:
+def read_padded(
+    problem: ConvProblem, data: te.Tensor, n: Any, where: Sequence[Any], c: Any, layout: str = "NHWC"
+) -> Any:
     """`I[n, where, c]`, zero where `where` (from the input's own corner) lies outside the input."""
     value = data(n, *where, c) if layout == "NHWC" else data(n, c, *where)
     inside = []

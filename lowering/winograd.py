@@ -61,9 +61,7 @@ def transforms(m: int, r: int) -> Transforms:
     points = POINTS[: alpha - 1]
     if len(points) < alpha - 1:
         raise ValueError(f"F({m}, {r}) needs {alpha - 1} interpolation points, {len(POINTS)} are known")
-    at = tuple(
-        tuple([p**i for p in points] + [Fraction(int(i == m - 1))]) for i in range(m)
-    )
+    at = tuple(tuple([p**i for p in points] + [Fraction(int(i == m - 1))]) for i in range(m))
     rows_g, rows_bt = [], []
     for p in points:
         others = [q for q in points if q != p]
@@ -151,7 +149,8 @@ def form_of(problem: ConvProblem, m: int) -> _Form:
 
 
 class Winograd(Lowering):
-    """F(m x m, r x r): each `alpha x alpha` input tile becomes `m x m` outputs through `alpha^2` GEMMs, `alpha = m + r - 1`.
+    """F(m x m, r x r): each `alpha x alpha` input tile becomes `m x m` outputs through `alpha^2` GEMMs, `alpha = m +
+    r - 1`.
 
         V = B^T d B,  U = G g G^T,  Y = A^T [sum_c U_c * V_c] A
         GEMM: [P x C]·[C x M] for each of the alpha^2 tile positions, P = N ceil(Ho/m) ceil(Wo/m) tiles
@@ -181,7 +180,8 @@ class Winograd(Lowering):
         kernel = problem.kernel
         if kernel[0] != kernel[1] or kernel[0] not in (3, 5) or self.m + kernel[0] - 1 > len(POINTS) + 1:
             return Reason(
-                f"needs a 3x3 kernel, or 5x5 where m + 4 <= {len(POINTS) + 1}, got {kernel[0]}x{kernel[1]} with m = {self.m}"
+                f"needs a 3x3 kernel, or 5x5 where m + 4 <= {len(POINTS) + 1}, "
+                f"got {kernel[0]}x{kernel[1]} with m = {self.m}"
             )
         return None
 

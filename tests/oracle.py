@@ -153,6 +153,9 @@ def random_problem() -> st.SearchStrategy[Problem]:
     return st.integers(0, 31).flatmap(lambda i: kinds.get(i, random_conv()))
 
 
+EXPONENTIALS = [EpilogueOp(kind) for kind in ("sigmoid", "tanh", "silu")]
+
+
 @st.composite
 def random_epilogue(draw: st.DrawFn) -> tuple[EpilogueOp, ...]:
     """Up to four steps, operands numbered in order."""
@@ -163,6 +166,9 @@ def random_epilogue(draw: st.DrawFn) -> tuple[EpilogueOp, ...]:
     steps = draw(st.lists(st.one_of(with_operand, st.sampled_from(unary)), max_size=4))
     ops: list[EpilogueOp] = []
     for step in steps:
+        # One exponential at most: chained, each expands the code of the one before several times over.
+        if step in EXPONENTIALS and any(op in EXPONENTIALS for op in ops):
+            continue
         number = sum(op.operand is not None for op in ops)
         ops.append(EpilogueOp(step, number) if isinstance(step, str) else step)
     return tuple(ops)

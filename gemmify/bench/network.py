@@ -46,7 +46,7 @@ def run_model(
     target: Any = "llvm",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Time `model` as compiled by us, and by each of `peers` ("onnxruntime", "openvino"; "torch" for a `.pt2` file).
+    """Time `model` compiled by us, and by each of `peers` ("onnxruntime", "openvino"; "torch" for a `.pt2` file).
 
     Ours is exported and loaded by a fresh process that has TVM's runtime only; every engine has a process of its own,
     `threads` threads and the same seeded inputs, and they take turns (see `measure_engines`). The limits of the machine

@@ -104,7 +104,8 @@ def _gemm(row: Mapping[str, Any]) -> str:
 
 def _suite(result: Mapping[str, Any]) -> list[Part]:
     compute, memory, out = [], [], []
-    for row in result["rows"]:
+    # Two keys may come to the same lowering ("auto", "plain"): it is shown once.
+    for row in {(row["name"], row["lowering"]): row for row in result["rows"]}.values():
         if "best" not in row:
             out.append((row["name"], row["lowering"], row["reason"]))
             continue
@@ -263,7 +264,9 @@ def _peers(report: Mapping[str, Any]) -> list[Part]:
     columns = ["network", *(f"{name} ms" for name in names), *(["speedup"] if compared else []), "of peak", "conv + fc"]
     lines = []
     for row in rows:
-        times = [f"{_time(row['medians'][n])} / {_time(row['bests'][n])}" if n in row["medians"] else "-" for n in names]
+        times = [
+            f"{_time(row['medians'][n])} / {_time(row['bests'][n])}" if n in row["medians"] else "-" for n in names
+        ]
         ratio = "-" if row["speedup"] is None else f"{row['speedup']:.2f} / {row['speedup_best']:.2f}"
         shares = [f"{100 * row['peak_share']:.0f} %", f"{100 * row['conv_fc_share']:.0f} %"]
         lines.append([row["model"], *times, *([ratio] if compared else []), *shares])
@@ -274,7 +277,8 @@ def _peers(report: Mapping[str, Any]) -> list[Part]:
             parts.append(f"warning: {row['model']}: {what} computed something else, and is no peer there.")
     if report["geomean"] is not None:
         parts.append(
-            f"Fastest peer over ours: geometric mean {report['geomean']:.2f}, least {report['min']:.2f} of the medians; "
+            "Fastest peer over ours: "
+            f"geometric mean {report['geomean']:.2f}, least {report['min']:.2f} of the medians; "
             f"geometric mean {report['geomean_best']:.2f}, least {report['min_best']:.2f} of the best times."
         )
     return [*parts, _provenance(report)]
@@ -285,6 +289,6 @@ def _provenance(report: Mapping[str, Any]) -> str:
     peaks, reads = [row["peak"] for row in rows], [row["bandwidth"] for row in rows]
     return (
         f"Median / best. {machine['cpu']}, {machine['threads']} threads, measured beside them: "
-        f"{min(peaks):.0f} to {max(peaks):.0f} GFLOP/s of multiply-adds, memory read {min(reads):.1f} to {max(reads):.1f} "
-        f"GB/s; {report['date'][:10]}; made by `{report['command']}`."
+        f"{min(peaks):.0f} to {max(peaks):.0f} GFLOP/s of multiply-adds, "
+        f"memory read {min(reads):.1f} to {max(reads):.1f} GB/s; {report['date'][:10]}; made by `{report['command']}`."
     )

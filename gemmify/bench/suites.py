@@ -83,7 +83,8 @@ def run_suite(
         for row in measured:
             _compare(row, problem, max(samples[-2:]))
         rows += measured
-        progress(f"{index}/{len(shapes)} {name}: " + ", ".join(_said(row) for row in measured))
+        said = dict.fromkeys(_said(row) for row in measured)
+        progress(f"{index}/{len(shapes)} {name}: {', '.join(said)}")
     _find_bounds(suite, rows, shapes, max(samples), bandwidth["read"])
     result.update(suite=suite, shapes=len(shapes), of=len(everything), bandwidth=bandwidth, rows=rows)
     result["peak"] = {"gflops": max(samples), "samples": samples}
@@ -121,8 +122,9 @@ def resolve_key(key: str, name: str, problem: Problem, target: Target) -> Loweri
 
 
 def _measure(name: str, problem: Problem, keys: Sequence[str], target: Target, repeat: int) -> list[dict[str, Any]]:
-    """The rows of one layer, one a key, without the shares."""
-    rows, kernels = [], {}
+    """The rows of one layer, one a key, without the shares; keys that come to the same lowering share its times."""
+    rows: list[dict[str, Any]] = []
+    kernels: dict[str, LayerKernel] = {}
     for key in keys:
         lowering = resolve_key(key, name, problem, target)
         row: dict[str, Any] = {"name": name, "asked": key, "problem": asdict(problem), "macs": problem.macs}
@@ -132,16 +134,17 @@ def _measure(name: str, problem: Problem, keys: Sequence[str], target: Target, r
         if (reason := lowering.applicable(problem)) is not None:
             row["reason"] = str(reason)
             continue
-        kernel = kernels[key] = compile_layer(problem, lowering.key, target, epilogue=EPILOGUE)
+        if lowering.key not in kernels:
+            kernels[lowering.key] = compile_layer(problem, lowering.key, target, epilogue=EPILOGUE)
+            _bind(kernels[lowering.key], problem)
+        kernel = kernels[lowering.key]
         gemm = kernel.kernels.cost.gemms[0]
         row.update(gemm=[gemm.m, gemm.n, gemm.k], count=gemm.count, workspace_bytes=kernel.workspace_bytes)
-        _bind(kernel, problem)
-    for key, found in measure_in_turn(kernels, repeat).items():
-        row = rows[list(keys).index(key)]
-        if not np.isfinite(kernels[key].output()).all():
-            raise CheckError(f"layer {name} in lowering {row['lowering']} leaves parts of its output unwritten")
-        row.update(found)
-    return rows
+    times = measure_in_turn(kernels, repeat)
+    for key, kernel in kernels.items():
+        if not np.isfinite(kernel.output()).all():
+            raise CheckError(f"layer {name} in lowering {key} leaves parts of its output unwritten")
+    return [{**row, **times.get(row["lowering"], {})} for row in rows]
 
 
 def _bind(kernel: LayerKernel, problem: Problem) -> None:
@@ -227,7 +230,8 @@ def _find_bounds(
         moved = compulsory_bytes(problem)
         row.update(bytes=moved, intensity=2 * problem.macs / moved)
         if (bound := memory_bound(suite, problem, peak / bandwidth)) is not None:
-            row.update(bound=bound, gbytes=moved / row["best"] / 1e9, bandwidth_share=moved / row["best"] / 1e9 / bandwidth)
+            rate = moved / row["best"] / 1e9
+            row.update(bound=bound, gbytes=rate, bandwidth_share=rate / bandwidth)
 
 
 def _means(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, dict[str, float | None]]:

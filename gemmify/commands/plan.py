@@ -1,4 +1,4 @@
-"""`gemmify plan MODEL`: the lowering of each layer as a file to read, edit and hold a compilation to; compiles nothing."""
+"""`gemmify plan MODEL`: the lowering of each layer as a file, to edit and to compile with; compiles nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..export import check_destination
 
 
 def execute(model: str, output: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Plan `model` with the keyword `options` of `pipeline.plan_model`; write `output` (default: MODEL's stem + .plan.json).
+    """Plan `model` with the keyword `options` of `pipeline.plan_model`, and write the plan.
 
-    Returns {output, model, plan, layers}.
+    `output` is MODEL's stem + .plan.json where it is not given. Returns {output, model, plan, layers}.
     """
     from ..threads import import_tvm
 

@@ -1,7 +1,8 @@
 """Schedules of short chains of small linear maps around a GEMM, each held in registers.
 
 A block annotated `gemmify.chain` names its axes with one letter each: `o` an outer axis, `p` an outer axis that is a
-panel, `r` a serial one, `b` one of blocks (split by the sizes in `gemmify.block` into an `o` and an `r`), `u` one that is
+panel, `r` a serial one, `b` one of blocks (split by the sizes in `gemmify.block` into an `o` and an `r`), `u` one
+that is
 unrolled, `v` the one that is vectorised. Its producers are small maps of the
 same element; they are computed just before it, one vector at a time, in local buffers with constant indices, which LLVM
 keeps in registers.

@@ -1,9 +1,10 @@
 """A GEMM between chains of small maps (transform, multiply, transform back), block by block in a core's own cache.
 
-  1. the chain behind the GEMM gives the loops: blocks, panels, elements of a block, vectors
-  2. blocks run in parallel; with a chain ahead of the GEMM that chain is computed once a block and the panels follow one
-     another, otherwise panels come first, so that a panel of B is used by every block while it is in the cache
-  3. the products of one block and panel stay in a buffer of that core
+1. the chain behind the GEMM gives the loops: blocks, panels, elements of a block, vectors
+2. blocks run in parallel; with a chain ahead of the GEMM that chain is computed once a block and the panels follow
+one
+   another, otherwise panels come first, so that a panel of B is used by every block while it is in the cache
+3. the products of one block and panel stay in a buffer of that core
 """
 
 from __future__ import annotations
