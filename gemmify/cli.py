@@ -16,6 +16,7 @@ from typing import Any
 
 from . import __version__
 from .errors import GemmifyError, InputError
+from .export import check_destination
 from .report import Progress, emit
 
 INTERRUPTED = 130
@@ -220,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
         args = build_parser().parse_args(words)
+        if getattr(args, "json", None) not in (None, "-"):
+            check_destination(args.json)  # before minutes of work, not after
         command = importlib.import_module(f".commands.{args.verb}", __package__)
         result = _execute(command, args)
         emit(result, args.json, command.show_markdown if getattr(args, "markdown", False) else command.show)

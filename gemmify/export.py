@@ -43,7 +43,7 @@ def check_destination(path: str | os.PathLike[str]) -> Path:
     """
     place = Path(path)
     if place.is_dir():
-        raise InputError(f"cannot write {place}: it is a folder; give the name of a file, e.g. {place / 'network.so'}")
+        raise InputError(f"cannot write {place}: it is a folder; give the name of a file in it, e.g. {place / 'NAME'}")
     folder = place.parent
     if not folder.is_dir():
         raise InputError(f"cannot write {place}: there is no folder {folder}; create it first")

@@ -58,6 +58,7 @@ class GemmAxes:
     `inner` is the only part of `m` that a register tile may span (the pixels of one output row, say). `vector_k` says
     that `A` is read as a vector along `n` (a depthwise layer), not broadcast. `nr_divides` demands that the tile's
     width divides `n`, because elements past the edge may not even be read; `mr_divides` likewise for `inner`.
+    `row_bytes` is the distance in memory between consecutive rows of A, where it is constant.
     """
 
     outer: int
@@ -68,6 +69,7 @@ class GemmAxes:
     vector_a: bool = False
     nr_divides: bool = False
     mr_divides: bool = False
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)

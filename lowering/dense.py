@@ -57,7 +57,7 @@ class Dense(Lowering):
     def axes(self, problem: Problem) -> GemmAxes:
         dense = as_dense(problem)
         assert dense is not None
-        return GemmAxes(1, dense.n, dense.m, dense.c)
+        return GemmAxes(1, dense.n, dense.m, dense.c, row_bytes=dense.c * dense.element)
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         dense = as_dense(problem)

@@ -53,7 +53,8 @@ def conv_axes(problem: ConvProblem) -> GemmAxes:
     """A register tile spans the pixels of one output row and the channels of one group."""
     *outer, inner = problem.out_size
     k = problem.taps * problem.c_group
-    return GemmAxes(problem.n * prod(outer), inner, problem.m_group, k, problem.groups)
+    row = problem.stride[-1] * problem.c * problem.element
+    return GemmAxes(problem.n * prod(outer), inner, problem.m_group, k, problem.groups, row_bytes=row)
 
 
 def conv_cost(problem: ConvProblem, tile: Tile, workspace: dict[str, int]) -> LoweringCost:

@@ -71,33 +71,8 @@ def test_shapes_are_selected_by_name_or_pattern() -> None:
         shapes.select_shapes("pools")
 
 
-def test_suite_result_is_json_with_its_schema() -> None:
-    from gemmify.bench import render, run_suite
-
-    found = run_suite("gemm", layer="odd:31x37x41", threads=1, repeat=2)
-    assert found["schema"] == header.SCHEMA and found["kind"] == "suite"
-    assert {"date", "command", "machine", "versions", "peak", "bandwidth", "rows", "geomean"} <= set(found)
-    assert found["machine"]["threads"] == 1 and found["peak"]["gflops"] > 0
-    (row,) = found["rows"]
-    assert row["macs"] == 31 * 37 * 41 and row["runs"] >= 2 and 0 < row["best"] <= row["median"]
-    assert row["gflops"] == pytest.approx(2 * row["macs"] / row["best"] / 1e9)
-    assert found["geomean"]["auto"] == pytest.approx(row["peak_share"])
-    assert "odd:31x37x41" in _text(render(json.loads(json.dumps(found, allow_nan=False))))
-
-
-def test_suite_tells_why_a_lowering_does_not_apply() -> None:
-    from gemmify.bench import render, run_suite
-
-    found = run_suite("layers", layer="alexnet:conv1", lowerings=["pointwise"], threads=1)
-    assert "best" not in found["rows"][0] and found["rows"][0]["reason"]
-    assert found["geomean"] == {"pointwise": None}
-    assert "not applicable" in _text(render(found))
-    with pytest.raises(InputError, match="unknown lowering 'magic'"):
-        run_suite("layers", lowerings=["magic"])
-
-
 def _layer(name: str, op: str, kernels: list[str]) -> dict[str, object]:
-    return {"name": name, "op": op, "kernels": kernels, "lowering": "x"}
+    return {"name": name, "op": op, "kernels": kernels, "lowering": "x", "macs": 10**9}
 
 
 def test_kernels_are_given_to_the_layers_that_wait_for_them() -> None:
@@ -176,7 +151,8 @@ def _measured(ours: float, peer: float, wrong: bool = False) -> dict[str, object
 
 def _result(ours: float, peer: float, wrong: bool = False) -> dict[str, object]:
     """A result of `run_model` with given medians (seconds)."""
-    kernels = network.kernel_rows([("dense_gemm", ours)], [_layer("fc[0]", "dense", ["dense_gemm"])])
+    layers = [_layer("fc[0]", "dense", ["dense_gemm"])]
+    kernels = network.kernel_rows([("dense_gemm", 0.75 * ours), ("lrn", 0.25 * ours)], layers)
     return {
         **header.header("model", 2, "llvm"),
         "peak": {"gflops": 100.0, "samples": [100.0]},
@@ -185,7 +161,7 @@ def _result(ours: float, peer: float, wrong: bool = False) -> dict[str, object]:
         "engines": network.compare_engines(_measured(ours, peer, wrong), 10**9, 100.0),
         "tolerance": network.TOLERANCE,
         "kernels": kernels,
-        "kinds": network.kinds(kernels),
+        **network.breakdown(kernels, layers, 100.0),
     }
 
 
@@ -207,8 +183,9 @@ def _text(renderable: object) -> str:
 
 def test_rendering_a_model_shows_engines_kinds_and_disagreement() -> None:
     shown = _text(report.render(json.loads(json.dumps(_result(0.1, 0.15), allow_nan=False))))
-    for part in ("onnxruntime 1", "150.00", "1.50", "fc[0]", "100.0 %", "100 GFLOP/s"):
+    for part in ("onnxruntime 1", "150.00", "1.50", "fc[0]", "75.0 %", "26.7", "100 GFLOP/s"):
         assert part in shown
+    assert "convolutions and fully connected layers take 75.0 % of our time" in shown
     assert "warning" not in shown
     assert "warning: the outputs of onnxruntime and ours differ" in _text(report.render(_result(0.1, 0.15, wrong=True)))
 
@@ -223,13 +200,44 @@ def test_peers_table_takes_the_fastest_right_peer() -> None:
     assert [row["speedup"] for row in found["rows"]] == [pytest.approx(2.0), pytest.approx(0.5), None]
     assert found["geomean"] == pytest.approx(1.0) and found["min"] == pytest.approx(0.5)
     lines = found["markdown"].splitlines()
-    assert lines[0] == "| network | gemmify ms | onnxruntime ms | speedup | of peak |"
-    assert lines[2] == "| net | 100.00 | 200.00 | 2.00 | 20 % |"
-    assert lines[4].endswith("| 10.00 | - | 20 % |")
-    assert "geometric mean 1.00, least 0.50" in found["markdown"]
+    assert lines[0] == "| network | gemmify ms | onnxruntime ms | speedup | of peak | conv + fc |"
+    assert lines[2] == "| net | 100.00 / 100.00 | 200.00 / 200.00 | 2.00 / 2.00 | 20 % | 75 % |"
+    assert lines[4].endswith("| 10.00 / 10.00 | - | 20 % | 75 % |")
+    assert "net: onnxruntime computed something else" in found["markdown"]
+    assert "geometric mean 1.00, least 0.50 of the medians" in found["markdown"]
     assert "geometric mean 1.00" in _text(report.render(json.loads(json.dumps(found, allow_nan=False))))
-    with pytest.raises(InputError, match="at least one model and one peer"):
-        report.peers_report(["alexnet"], peers=())
+    with pytest.raises(InputError, match="at least one model"):
+        report.peers_report([], peers=("onnxruntime",))
+
+
+def test_models_without_peers_make_a_table_without_ratios() -> None:
+    alone = _result(0.1, 0.2)
+    del alone["engines"]["onnxruntime"]
+    found = report.summarize_peers([alone], 2, "llvm")
+    assert found["geomean"] is None and found["min"] is None
+    assert found["markdown"].splitlines()[0] == "| network | gemmify ms | of peak | conv + fc |"
+
+
+def test_a_misspelt_model_is_found_before_any_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "run_model", lambda *_a, **_k: pytest.fail("a model was run"))
+    with pytest.raises(InputError, match="'alexnett' is not a network of the zoo"):
+        report.peers_report(["alexnet", "alexnett"])
+
+
+def test_markdown_of_a_model_escapes_and_names_the_command() -> None:
+    result = _result(0.1, 0.15)
+    result["layers"][0]["name"] = "a|b"
+    shown = report.render_markdown(result)
+    assert "| a\\|b | - | x | 75.00 | 75.0 % | 26.7 | 26.7 % |" in shown
+    assert "| engine | best ms |" in shown and f"Made by `{result['command']}`." in shown
+
+
+def test_breakdown_adds_the_kernels_of_a_layer() -> None:
+    layers = [_layer("c", "conv2d", ["lower", "gemm"]), _layer("unmeasured", "conv2d", ["gone"])]
+    rows = network.kernel_rows([("lower", 1.0), ("gemm", 3.0), ("softmax", 4.0)], layers)
+    found = network.breakdown(rows, layers, 1.0)
+    assert [row["seconds"] for row in found["layers"]] == [4.0, 0.0] and found["conv_fc_share"] == 0.5
+    assert found["layers"][0]["gflops"] == pytest.approx(0.5) == found["layers"][0]["peak_share"]
 
 
 def test_header_says_what_was_run() -> None:

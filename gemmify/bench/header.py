@@ -31,11 +31,12 @@ def header(kind: str, threads: int, target: Any) -> dict[str, Any]:
     """The common fields of a result, ready for JSON. `threads` is what the run uses, `cores` what it could."""
     known = set(host.X86_FEATURES.values()) | set(host.ARM_FEATURES.values())
     flags = host.cpu_flags() or frozenset()
+    program = Path(sys.argv[0]).name.replace("__main__.py", "gemmify") or "python"
     return {
         "schema": SCHEMA,
         "kind": kind,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
         "machine": {
             "cpu": cpu_model(),
             "arch": host.host_arch(),

@@ -54,8 +54,8 @@ def run_model(
     ready for JSON: per engine seconds (best, median, p90, all), GFLOP/s and share of the multiply-add peak of this run,
     `ratio` (its median over ours: above 1 we are faster), its outputs' difference from ours; per kernel, per layer and
     per kind the seconds of ours, and `conv_fc_share`, the share of the convolutions and fully connected layers in
-    them. Raises InputError for an unknown or missing peer and for a model that a peer cannot read, GemmifyError where an
-    engine fails.
+    them. Raises InputError for an unknown or missing peer and for a model that a peer cannot read, GemmifyError where
+    an engine fails.
     """
     check_peers(peers)
     threads = default_threads() if threads is None else check_threads(threads)

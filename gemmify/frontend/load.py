@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import onnx
@@ -63,4 +64,5 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     noise = ("Traceback", "File ", "==>", "Stack trace", "Context:")
     lines = [line for line in lines if line and not line.startswith(noise)]
-    return lines[0] if lines else type(error).__name__
+    said = lines[0] if lines else type(error).__name__
+    return re.sub(r"T\.u?int\d+\((-?\d+)\)", r"\1", said)  # TVM's spelling of a plain number

@@ -24,6 +24,9 @@ from ..machine import Machine
 
 AXES_ANNOTATION = "gemmify.axes"
 
+# Waking the other cores and waiting for them takes a few microseconds: a GEMM of fewer cycles runs on one core.
+PARALLEL_CYCLES = 12_000
+
 
 @dataclass(frozen=True)
 class GemmKnobs:
@@ -73,18 +76,20 @@ def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Gemm
     by_letter, reduction = tile_loops(sch, block, axes)
     partial = _extent(sch, by_letter["t"][0]) * _extent(sch, by_letter["i"][0]) != inner
 
+    steps = prod(_extent(sch, loop) for loop in sch.get_loops(block))
+    cycles = steps // (lanes * machine.fma_ports)
+
     # 1. loop order
     order = by_letter["p"] + by_letter["o"] if knobs.panels_outside else by_letter["o"] + by_letter["p"]
     sch.reorder(*order, *by_letter["t"], *reduction, *by_letter["i"], *by_letter["j"])
     # 2. the tile loop joins the parallel loop unless its last tile is split off (5)
     if partial:
         sch.annotate(by_letter["t"][0], "pragma_loop_partition_hint", True)
-        if len(order) > 1 or _extent(sch, order[0]) > 1:
-            sch.parallel(sch.fuse(*order))
-        at = by_letter["t"][0]
+        at, shared = by_letter["t"][0], sch.fuse(*order)
     else:
-        at = sch.fuse(*order, *by_letter["t"])
-        sch.parallel(at)
+        at = shared = sch.fuse(*order, *by_letter["t"])
+    if cycles > PARALLEL_CYCLES:
+        sch.parallel(shared)
     # 3. accumulators in registers
     sch.set_scope(block, 0, "local")
     # 4. epilogue from registers

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 
 from ..machine import Machine
 
 FMA_LATENCY = 4
 LOADS_PER_CYCLE = 2
 L2_BYTES_PER_CYCLE = 24
+# Addresses this far apart fall into the same set of an L1 cache of 64 sets of 64 bytes.
+L1_SPAN = 4096
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class TileRequest:
     vector_a: bool = False
     nr_divides: bool = False
     mr_divides: bool = False
+    row_bytes: int = 0
 
 
 def candidates(request: TileRequest, machine: Machine) -> list[tuple[int, int]]:
@@ -61,6 +65,8 @@ def modelled_cycles(request: TileRequest, machine: Machine, mr: int, nr: int) ->
     lanes = machine.lanes(request.dtype)
     v = max(1, nr // lanes)
     loads = mr * v + v if request.vector_a else mr + v
+    if _rows_in_a_set(request, mr) > 1.5 * machine.l1_bytes / L1_SPAN:
+        loads *= 4  # the rows of A evict one another: each element comes from the L2
     step = max(
         mr * v / machine.fma_ports,
         loads / LOADS_PER_CYCLE,
@@ -74,6 +80,13 @@ def modelled_cycles(request: TileRequest, machine: Machine, mr: int, nr: int) ->
     # Static shares: the slowest core does ceil(tasks / cores) of them.
     balance = -(-tasks // machine.cores) * machine.cores / tasks
     return tile_cost * request.outer * row_tiles * panels * balance
+
+
+def _rows_in_a_set(request: TileRequest, mr: int) -> int:
+    """How many of a tile's rows of A fall into one set of the L1 cache (1,024 channels of float32 are 4 KiB apart)."""
+    if request.vector_a or request.row_bytes == 0:
+        return 1
+    return -(-mr * gcd(request.row_bytes, L1_SPAN) // L1_SPAN)
 
 
 @lru_cache(maxsize=4096)
