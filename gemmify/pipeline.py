@@ -171,8 +171,11 @@ class _Stages:
         self.progress, self.count = progress, 0
         self.dump_dir = Path(dump_dir) if dump_dir is not None else None
         if self.dump_dir is not None:
+            try:
+                self.dump_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as err:
+                raise InputError(f"cannot dump into {self.dump_dir}: {err.strerror or err}; give a folder") from err
             check_destination(self.dump_dir / "x")
-            self.dump_dir.mkdir(exist_ok=True)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

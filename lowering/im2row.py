@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tvm import te
@@ -37,7 +38,7 @@ class Im2row(Lowering):
 
     def axes(self, problem: Problem) -> GemmAxes:
         assert isinstance(problem, ConvProblem)
-        return conv_axes(problem)
+        return replace(conv_axes(problem), row_bytes=problem.taps * problem.c * problem.element)
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)

@@ -170,7 +170,7 @@ def test_statistics_of_the_batch_are_kept_where_there_are_no_others() -> None:
 
 def test_a_file_that_is_no_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.pt2").write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(InputError, match="not a program that torch.export.save wrote"):
+    with pytest.raises(InputError, match=r"not a program that torch\.export\.save wrote"):
         import_model(tmp_path / "bad.pt2")
     torch.save({"w": torch.ones(2)}, tmp_path / "weights.pt")
     with pytest.raises(InputError, match="checkpoint"):

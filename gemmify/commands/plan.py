@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
+from ..errors import InputError
 from ..export import check_destination
 
 
@@ -16,6 +17,8 @@ def execute(model: str, output: str | None, options: dict[str, Any]) -> dict[str
     """
     from ..threads import import_tvm
 
+    if output == "-":
+        raise InputError("-o takes the name of a file; --json - prints the plan on the standard output")
     place = check_destination(output or Path(model).stem + ".plan.json")
     import_tvm(compiler=True)
     from ..pipeline import plan_model

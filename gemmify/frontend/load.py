@@ -35,6 +35,8 @@ def parse_onnx(data: bytes, what: str) -> onnx.ModelProto:
         raise InputError(f"{what} is empty: it holds no model")
     if data.startswith(ZIP_MAGIC):
         raise InputError(f"{what} is a zip archive, not an ONNX model (a torch.export file must be named *.pt2)")
+    if data.startswith(b"\x7fELF"):
+        raise InputError(f"{what} is a compiled library, not a model: give the model that it was made from")
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)

@@ -2,7 +2,7 @@
 
 A reduction step of an `mr x nr` tile (v = nr / lanes vectors) needs, in cycles,
 
-    max( mr v / fma_ports,  (mr + v) / 2 loads,  latency 4 while mr v is small,  nr e / 24 bytes of B from the L2 )
+    max( mr v / fma_ports,  (mr + v) / 1.8 loads,  latency 4 while mr v is small,  nr e / 24 bytes of B from the L2 )
 
 and a layer needs that times `k` times the number of tiles, partial tiles counted whole, plus the start and the store of
 each tile. The best tile is the cheapest one whose accumulators, one row of B and one element of A fit into registers.
@@ -17,7 +17,7 @@ from math import gcd
 from ..machine import Machine
 
 FMA_LATENCY = 4
-LOADS_PER_CYCLE = 2
+LOADS_PER_CYCLE = 1.8  # of the two that the core can start, what a long loop of broadcasts was seen to reach
 L2_BYTES_PER_CYCLE = 24
 # Addresses this far apart fall into the same set of an L1 cache of 64 sets of 64 bytes.
 L1_SPAN = 4096
