@@ -17,6 +17,7 @@ from tvm import relax, te
 
 from lowering import ConvProblem, Lowering
 from lowering.base import output_shape
+from lowering.graph._rewrite import Emitter, Graph, substitute
 from lowering.graph.epilogue import LayerSite, describe_layer
 from schedules import Machine
 
@@ -129,28 +130,23 @@ class _Rewriter:
         self.layers: list[LoweredLayer] = []
         self.constants: dict[tuple[str, str], relax.Constant] = {}
         self.globals: dict[int, Any] = {}
+        kept = {gv: f for gv, f in mod.functions_items() if gv.name_hint != "main" and gv.name_hint not in plans}
+        self.functions = relax.BlockBuilder(tvm.IRModule(kept, attrs=mod.attrs))
 
     def run(self) -> tvm.IRModule:
-        outer = self
-
-        @relax.expr_functor.mutator
-        class Mutator(relax.PyExprMutator):
-            def visit_call_(self, call: relax.Call) -> relax.Expr:
-                call = self.visit_expr_post_order(call)
-                name = getattr(call.op, "name_hint", None)
-                if name is None or name not in outer.plans or not isinstance(call.op, tvm.ir.GlobalVar):
-                    return call
-                return outer.emit(self.builder_, name, list(call.args))
-
-        mutator = Mutator(self.mod)
-        main = mutator.visit_expr(self.mod["main"])
-        mutator.builder_.update_func(self.mod.get_global_var("main"), main)
-        mod = mutator.builder_.get()
-        for name in self.plans:
-            del mod[mod.get_global_var(name)]
+        # Not a PyExprMutator: TVM never frees one, and with it the module and every weight.
+        graph, out = Graph(self.mod["main"]), Emitter()
+        for var, value in graph.bindings:
+            name = getattr(value.op, "name_hint", None) if isinstance(value, relax.Call) else None
+            if name in self.plans:
+                out.env[var] = self.emit(out, name, [substitute(arg, out.lookup) for arg in value.args])
+            else:
+                out.env[var] = out.default(var, value)
+        mod = self.functions.get()
+        mod["main"] = out.finish(graph, [substitute(o, out.lookup) for o in graph.outputs])
         return relax.transform.Normalize()(mod)
 
-    def emit(self, bb: relax.BlockBuilder, name: str, args: list[relax.Expr]) -> relax.Expr:
+    def emit(self, bb: Emitter, name: str, args: list[relax.Expr]) -> relax.Expr:
         """Emit the kernels of layer function `name` called with `args`; returns its output, channels last."""
         plan = self.plans[name]
         site, lowering = plan.site, plan.choice.lowering
@@ -164,19 +160,19 @@ class _Rewriter:
         for kernel in plan.kernels.kernels:
             if kernel.name in tensors:
                 continue
-            gvar = self._global(bb, kernel, lowering)
+            gvar = self._global(kernel, lowering)
             inputs = [tensors[r] for r in kernel.reads] + (operands if kernel.kind == "output" else [])
             call = relax.call_tir(gvar, inputs, relax.TensorType(kernel.shape, site.problem.dtype))
             hint = site.name if kernel.kind == "output" else f"{site.name}_{kernel.name}"
-            tensors[kernel.name] = bb.emit(call, name_hint=hint)
+            tensors[kernel.name] = bb.emit(call, hint)
             layer.functions.append(gvar.name_hint)
         self.layers.append(layer)
         return self._restore(bb, tensors[plan.kernels.kernels[-1].name], plan)
 
-    def _global(self, bb: relax.BlockBuilder, kernel: Kernel, lowering: Lowering) -> Any:
+    def _global(self, kernel: Kernel, lowering: Lowering) -> Any:
         if id(kernel.func) not in self.globals:
             hint = f"{lowering.key}_{kernel.name}".replace("-", "_")
-            gvar = bb.add_func(kernel.func.without_attr("global_symbol"), hint)
+            gvar = self.functions.add_func(kernel.func.without_attr("global_symbol"), hint)
             self.globals[id(kernel.func)] = gvar
         return self.globals[id(kernel.func)]
 
@@ -186,7 +182,7 @@ class _Rewriter:
             self.constants[key] = relax.const(value)
         return self.constants[key]
 
-    def _convert(self, bb: relax.BlockBuilder, value: relax.Expr, site: LayerSite, lowering: Lowering) -> relax.Expr:
+    def _convert(self, bb: Emitter, value: relax.Expr, site: LayerSite, lowering: Lowering) -> relax.Expr:
         """A channels-last activation in the layout that the lowering reads."""
         if lowering.layout == "NHWC" or not isinstance(site.problem, ConvProblem):
             return value
@@ -194,7 +190,7 @@ class _Rewriter:
         return bb.emit(relax.op.permute_dims(value, [0, rank - 1, *range(1, rank - 1)]))
 
     def _operand(
-        self, bb: relax.BlockBuilder, operand: Any, args: list[relax.Expr], site: LayerSite, lowering: Lowering
+        self, bb: Emitter, operand: Any, args: list[relax.Expr], site: LayerSite, lowering: Lowering
     ) -> relax.Expr:
         if isinstance(operand, np.ndarray):
             return relax.const(operand)
@@ -204,7 +200,7 @@ class _Rewriter:
             value = bb.emit(relax.op.reshape(value, shape))
         return self._convert(bb, value, site, lowering)
 
-    def _restore(self, bb: relax.BlockBuilder, value: relax.Expr, plan: _Plan) -> relax.Expr:
+    def _restore(self, bb: Emitter, value: relax.Expr, plan: _Plan) -> relax.Expr:
         """The output kernel's tensor in the layer's own shape, channels last."""
         site, lowering = plan.site, plan.choice.lowering
         shape = output_shape(site.problem, lowering.layout)

@@ -22,7 +22,7 @@ from tvm.target import Target
 from gemmify.errors import InputError
 from gemmify.host import cpu_flags, kernel_names
 from gemmify.threads import check_threads, use_threads
-from schedules.machine import Machine, host_target, parse_target
+from schedules.machine import Machine, TargetError, host_target, parse_target
 
 PEAK_DTYPES = ("float32", "float64")
 _PEAK_SECONDS = 0.004  # one timed call: long against the start of the threads, short against a scheduler's time slice
@@ -150,7 +150,10 @@ def memory_bandwidth(threads: int, kind: str = "read") -> float:
 
 def _runnable(target: Any) -> tuple[Target, Machine]:
     """The target and its machine, where its code runs here. Raises InputError where it does not."""
-    parsed = host_target() if target is None else parse_target(target)
+    try:
+        parsed = host_target() if target is None else parse_target(target)
+    except TargetError as error:
+        raise InputError(str(error)) from error
     if str(parsed.kind) != "llvm":
         raise InputError(f"a peak is measured for a CPU target (llvm), got {parsed.kind}")
     machine, host = Machine.from_target(parsed), Machine.from_target(host_target())

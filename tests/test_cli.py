@@ -159,7 +159,7 @@ def test_run_in_a_process_of_its_own_imports_no_model_reader(standin_library):
         (["compile", "x.onnx", "--lowering", "a=im2col,b"], ["'b' is not LAYER=KEY"]),
         (["compile", "x.onnx", "--max-workspace", "lots"], ["number of bytes"]),
         (["run", "nothing.so"], ["there is no file nothing.so"]),
-        (["bench"], ["either a MODEL or --suite"]),
+        (["bench"], ["either MODELs or --suite"]),
         (["verify", "tiny.onnx", "tiny.so", "--lowering", "im2col"], ["either a library or lowering"]),
     ],
 )
