@@ -137,7 +137,8 @@ class _Rewriter:
         # Not a PyExprMutator: TVM never frees one, and with it the module and every weight.
         graph, out = Graph(self.mod["main"]), Emitter()
         for var, value in graph.bindings:
-            name = getattr(value.op, "name_hint", None) if isinstance(value, relax.Call) else None
+            callee = value.op if isinstance(value, relax.Call) else None
+            name = callee.name_hint if isinstance(callee, tvm.ir.GlobalVar) else None
             if name in self.plans:
                 out.env[var] = self.emit(out, name, [substitute(arg, out.lookup) for arg in value.args])
             else:

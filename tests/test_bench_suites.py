@@ -36,6 +36,8 @@ def test_suite_result_is_json_with_its_schema(threads: int) -> None:
     assert row["gflops"] == pytest.approx(2 * row["macs"] / row["best"] / 1e9)
     assert row["bytes"] == 4 * (31 * 41 + 41 * 37 + 31 * 37)
     assert "odd:31x37x41" in _text(render(json.loads(json.dumps(found, allow_nan=False))))
+    row["peak"] = 0.7 * found["peak"]["gflops"]
+    assert "warning: beside 1 of 1 rows the peak was below 80 %" in _text(render(found))
     assert said[0].startswith("peak ") and said[-1].startswith("1/1 odd:31x37x41: dense ")
 
 

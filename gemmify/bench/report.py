@@ -22,6 +22,8 @@ from gemmify.report import problem_text, size
 from gemmify.threads import default_threads
 from gemmify.zoo import ZOO
 
+BUSY_SHARE = 0.8  # a peak this far below the run's best says that something else had the cores
+
 
 @dataclass(frozen=True)
 class Section:
@@ -133,6 +135,13 @@ def _suite(result: Mapping[str, Any]) -> list[Part]:
 
 def _mean_lines(result: Mapping[str, Any]) -> list[Part]:
     lines: list[Part] = []
+    peaks = [row["peak"] for row in result["rows"] if "peak" in row]
+    low = sum(peak < BUSY_SHARE * result["peak"]["gflops"] for peak in peaks)
+    if low:
+        lines.append(
+            f"warning: beside {low} of {len(peaks)} rows the peak was below {100 * BUSY_SHARE:.0f} % of the best: "
+            "the machine was busy, measure again on a quiet one"
+        )
     for key, mean in result["geomean"].items():
         if mean is not None:
             median = result["geomean_median"][key]
