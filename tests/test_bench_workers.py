@@ -188,7 +188,5 @@ def test_agreement() -> None:
 
 def test_worker_package_loads_no_compiler() -> None:
     code = "import sys, gemmify.bench.worker; print(sorted({'tvm', 'onnx', 'rich'} & set(sys.modules)))"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
