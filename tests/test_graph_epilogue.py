@@ -39,8 +39,9 @@ def hardswish(emit: Any, x: Any, form: str) -> Any:
         (lambda e, y: hardswish(e, y, "affine"), ("bias", "hardswish")),
         (lambda e, y: e(op.multiply(e(nn.relu(y)), relax.const(0.5))), ("bias", "relu", "scale")),
         (lambda e, y: e(nn.gelu(y)), ("bias",)),
+        (lambda e, y: e(nn.relu(e(op.tanh(e(op.sigmoid(y)))))), ("bias", "sigmoid")),
     ],
-    ids=["relu", "clip", "leaky", "silu", "tanh", "hs-onnx", "hs-torch", "hs-affine", "scale", "gelu"],
+    ids=["relu", "clip", "leaky", "silu", "tanh", "hs-onnx", "hs-torch", "hs-affine", "scale", "gelu", "one-exponential"],
 )
 def test_gather_activations(activate: Any, expected: tuple[str, ...]) -> None:
     net = Net()

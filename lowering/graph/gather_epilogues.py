@@ -109,6 +109,10 @@ def channel_axis(value: Expr) -> int:
     return -1 if op_name(value) == "matmul" else str(value.attrs.data_layout).index("C")
 
 
+# Written out for every vector of a register tile, a second exponential of the first costs a minute of compilation.
+EXPONENTIAL = ("sigmoid", "tanh", "silu")
+
+
 def _regions(graph: Graph) -> dict[Expr, list[Expr]]:
     """For each layer the variables that its function takes: the layer itself and the run behind it, in order."""
     claimed: set[Expr] = set()
@@ -120,7 +124,11 @@ def _regions(graph: Graph) -> dict[Expr, list[Expr]]:
         if (out := way_out(graph, anchor)) is not None:
             region.append(out)
             axis = -1
+        exponentials = 0
         while (step := next_step(graph, region[-1], axis)) is not None and claimed.isdisjoint(step.values):
+            exponentials += step.kind in EXPONENTIAL
+            if exponentials > 1:
+                break
             region.extend(step.values)
         claimed.update(region)
         regions[anchor] = region
