@@ -41,7 +41,7 @@ def hardswish(emit: Any, x: Any, form: str) -> Any:
         (lambda e, y: e(nn.gelu(y)), ("bias",)),
         (lambda e, y: e(nn.relu(e(op.tanh(e(op.sigmoid(y)))))), ("bias", "sigmoid")),
     ],
-    ids=["relu", "clip", "leaky", "silu", "tanh", "hs-onnx", "hs-torch", "hs-affine", "scale", "gelu", "one-exponential"],
+    ids=["relu", "clip", "leaky", "silu", "tanh", "hs-onnx", "hs-torch", "hs-affine", "scale", "gelu", "two-exp"],
 )
 def test_gather_activations(activate: Any, expected: tuple[str, ...]) -> None:
     net = Net()
