@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -23,16 +21,13 @@ from .base import (
     no_epilogue,
     require_conv,
 )
+from .cook_toom import POINTS, amplification, apply_row, terms, transforms
 from .problem import ConvProblem, Problem
 from .tile_gemm import AXES_ANNOTATION
 from .window import activation_bytes
 
 CHAIN_ANNOTATION = "gemmify.chain"
 BLOCK_ANNOTATION = "gemmify.block"
-Matrix = tuple[tuple[Fraction, ...], ...]
-
-# Interpolation points in the order in which Cook-Toom takes them: small integers and their inverses round least.
-POINTS = tuple(Fraction(p) for p in (0, 1, -1, Fraction(1, 2), -2, 2, Fraction(-1, 2)))
 
 # The transformed tiles of one block should stay in a core's own cache.
 BLOCK_BYTES = 640 << 10
@@ -40,67 +35,6 @@ BLOCK_TILES = 64
 # From this many blocks on, blocks alone keep the cores busy and the input transform is fused into them.
 FUSE_BLOCKS = 8
 FUSE_TILES = 12
-
-
-@dataclass(frozen=True)
-class Transforms:
-    """`Y = A^T [(G g) * (B^T d)]` for F(m, r): `at` is m x alpha, `g` alpha x r, `bt` alpha x alpha, all exact."""
-
-    at: Matrix
-    g: Matrix
-    bt: Matrix
-
-
-@lru_cache
-def transforms(m: int, r: int) -> Transforms:
-    """The matrices of F(m, r), `alpha = m + r - 1` points with the last at infinity (Cook-Toom, in rationals).
-
-    Source: Lavin & Gray 2015, section 4.1 and its reference to Winograd 1980 (arXiv 1509.09308).
-    """
-    alpha = m + r - 1
-    points = POINTS[: alpha - 1]
-    if len(points) < alpha - 1:
-        raise ValueError(f"F({m}, {r}) needs {alpha - 1} interpolation points, {len(POINTS)} are known")
-    at = tuple(tuple([p**i for p in points] + [Fraction(int(i == m - 1))]) for i in range(m))
-    rows_g, rows_bt = [], []
-    for p in points:
-        others = [q for q in points if q != p]
-        scale = Fraction(1)
-        for q in others:
-            scale *= p - q
-        rows_g.append(tuple(p**k / scale for k in range(r)))
-        rows_bt.append((*_polynomial(others), Fraction(0)))
-    rows_g.append(tuple(Fraction(int(k == r - 1)) for k in range(r)))
-    rows_bt.append(tuple(_polynomial(points)))
-    return Transforms(at, tuple(rows_g), tuple(rows_bt))
-
-
-def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
-    """Coefficients of `prod (x - root)`, the constant first."""
-    coefficients = [Fraction(1)]
-    for root in roots:
-        shifted = [Fraction(0), *coefficients]
-        coefficients = [s - root * c for s, c in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
-    return coefficients
-
-
-def _row(row: Any, matrix: Matrix, term: Any, dtype: str) -> Any:
-    """`sum_k matrix[row][k] term(k)`, where `row` is a loop variable that the schedule unrolls."""
-    result = None
-    for i in reversed(range(len(matrix))):
-        total = None
-        for k, coefficient in enumerate(matrix[i]):
-            if coefficient == 0:
-                continue
-            value = term(k)
-            if abs(coefficient) != 1:
-                value = value * tirx.const(float(abs(coefficient)), dtype)
-            if total is None:
-                total = value if coefficient > 0 else -value
-            else:
-                total = total + value if coefficient > 0 else total - value
-        result = total if result is None else tirx.Select(row == i, total, result)
-    return result
 
 
 @dataclass(frozen=True)
@@ -213,7 +147,7 @@ class Winograd(Lowering):
         weights = problem.element * positions * problem.c_group * columns
         workspace = {} if self.fused(problem) else {"winograd_input": problem.element * positions * tiles * problem.c}
         blocks = problem.n * form.blocks[0] * form.blocks[1]
-        bt, at = _terms(transforms(form.m, form.r).bt), _terms(transforms(form.m, form.r).at)
+        bt, at = terms(transforms(form.m, form.r).bt), terms(transforms(form.m, form.r).at)
         transform = tiles * (2 * form.alpha * bt * problem.c + (form.alpha + form.m) * at * columns)
         return LoweringCost(
             gemms=(GemmShape(tiles, problem.m_group, problem.c_group, positions * problem.groups),),
@@ -221,7 +155,7 @@ class Winograd(Lowering):
             bytes_moved=activation_bytes(problem) + weights + 2 * sum(workspace.values()),
             workspace_bytes=sum(workspace.values()),
             weight_bytes=weights,
-            error_growth=problem.c_group**0.5 * float(_amplification(self.m, form.r)),
+            error_growth=problem.c_group**0.5 * float(amplification(self.m, form.r)),
             workspace=workspace,
             extra_flops=transform,
             weight_reads=blocks,
@@ -250,30 +184,18 @@ class Winograd(Lowering):
         )
 
 
-def _amplification(m: int, r: int) -> Fraction:
-    """Product of the transforms' largest absolute row sums, squared for two dimensions: how far rounding can grow."""
-    t = transforms(m, r)
-    norms = [max(sum((abs(x) for x in row), Fraction(0)) for row in matrix) for matrix in (t.at, t.g, t.bt)]
-    return norms[0] * norms[1] * norms[2]
-
-
-def _terms(matrix: Matrix) -> int:
-    """Nonzero entries: the operations of one 1-D pass."""
-    return sum(x != 0 for row in matrix for x in row)
-
-
 def _transform_weight(problem: ConvProblem, form: _Form, tile: Tile, weight: te.Tensor) -> te.Tensor:
     """`U = G g G^T`: `(M, r, r, C)` to `[M/nr][alpha][alpha][C][nr]`, zeros past the last channel."""
     g, a, dtype = transforms(form.m, form.r).g, form.alpha, problem.dtype
     rows = te.compute(
         (problem.m, a, form.r, problem.c_group),
-        lambda m, i, k, c: _row(i, g, lambda s: weight(m, s, k, c), dtype),
+        lambda m, i, k, c: apply_row(i, g, lambda s: weight(m, s, k, c), dtype),
         name="winograd_weight_rows",
     )
 
     def element(p: Any, i: Any, j: Any, c: Any, column: Any) -> Any:
         m = p * tile.nr + column
-        value = _row(j, g, lambda s: rows(tirx.min(m, problem.m - 1), i, s, c), dtype)
+        value = apply_row(j, g, lambda s: rows(tirx.min(m, problem.m - 1), i, s, c), dtype)
         return value if problem.m % tile.nr == 0 else tirx.Select(m < problem.m, value, tirx.const(0, dtype))
 
     shape = (ceil_div(problem.m, tile.nr), a, a, problem.c_group, tile.nr)
@@ -298,12 +220,12 @@ def _transform_input(problem: ConvProblem, form: _Form, data: te.Tensor) -> te.T
     tile = te.compute((problem.n, by, bx, form.tiles, a, a, c), gather, name="winograd_tile")
     rows = te.compute(
         (problem.n, by, bx, form.tiles, a, a, c),
-        lambda n, y, x, q, i, j, ch: _row(i, bt, lambda s: tile(n, y, x, q, s, j, ch), dtype),
+        lambda n, y, x, q, i, j, ch: apply_row(i, bt, lambda s: tile(n, y, x, q, s, j, ch), dtype),
         name="winograd_input_rows",
     )
     return te.compute(
         (problem.n, by, bx, a, a, form.tiles, c),
-        lambda n, y, x, i, j, q, ch: _row(j, bt, lambda s: rows(n, y, x, q, i, s, ch), dtype),
+        lambda n, y, x, i, j, q, ch: apply_row(j, bt, lambda s: rows(n, y, x, q, i, s, ch), dtype),
         name="winograd_input",
         attrs={CHAIN_ANNOTATION: "ooouurv"},
     )
@@ -341,12 +263,12 @@ def _multiply(
 
     def product_row(n: Any, ty: Any, tx: Any, p: Any, i: Any, j: Any, s: Any) -> Any:
         y, x, q = position(ty, tx)
-        return _row(i, at, lambda l: product(n, y, x, p, l, j, q, s), dtype)
+        return apply_row(i, at, lambda l: product(n, y, x, p, l, j, q, s), dtype)
 
     rows = te.compute((*tiles_grid, m, a, tile.nr), product_row, name="winograd_output_rows")
     tiles = te.compute(
         (*tiles_grid, m, m, tile.nr),
-        lambda n, ty, tx, p, i, j, s: _row(j, at, lambda l: rows(n, ty, tx, p, i, l, s), dtype),
+        lambda n, ty, tx, p, i, j, s: apply_row(j, at, lambda l: rows(n, ty, tx, p, i, l, s), dtype),
         name="winograd_output",
         attrs={CHAIN_ANNOTATION: "obbpuuv", BLOCK_ANNOTATION: [form.bh, form.bw]},
     )

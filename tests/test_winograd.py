@@ -13,7 +13,7 @@ from gemmify.kernels import layer_kernels
 from gemmify.layer import compile_layer
 from gemmify.pipeline_build import kernel_workspace_bytes
 from lowering import LOWERINGS, conv2d
-from lowering.winograd import POINTS, transforms
+from lowering.cook_toom import POINTS, transforms
 from schedules import Machine, parse_target
 
 FORMS = [(2, 3), (4, 3), (6, 3), (2, 5), (4, 5)]
