@@ -28,6 +28,7 @@ from .window import activation_bytes
 
 CHAIN_ANNOTATION = "gemmify.chain"
 BLOCK_ANNOTATION = "gemmify.block"
+ONCE_ANNOTATION = "gemmify.once"
 
 # The transformed tiles of one block should stay in a core's own cache.
 BLOCK_BYTES = 640 << 10
@@ -199,7 +200,7 @@ def _transform_weight(problem: ConvProblem, form: _Form, tile: Tile, weight: te.
         return value if problem.m % tile.nr == 0 else tirx.Select(m < problem.m, value, tirx.const(0, dtype))
 
     shape = (ceil_div(problem.m, tile.nr), a, a, problem.c_group, tile.nr)
-    return te.compute(shape, element, name="packed", attrs={CHAIN_ANNOTATION: "ouurv"})
+    return te.compute(shape, element, name="packed", attrs={CHAIN_ANNOTATION: "ouurv", ONCE_ANNOTATION: 1})
 
 
 def _transform_input(problem: ConvProblem, form: _Form, data: te.Tensor) -> te.Tensor:

@@ -36,7 +36,7 @@ from lowering.epilogue import EpilogueOp
 from schedules import Machine, parse_target
 
 PROBLEMS, BATCH = 504, 21
-DEFAULT_PARTS = 6
+DEFAULT_PARTS = 3
 PARTS = [pytest.param(i, marks=[] if i < DEFAULT_PARTS else pytest.mark.slow) for i in range(PROBLEMS // BATCH)]
 Case = tuple[Problem, tuple[EpilogueOp, ...]]
 

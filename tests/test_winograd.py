@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tvm
 from oracle import random_arrays, reference
+from tvm import te, topi
 
 from gemmify.kernels import layer_kernels
 from gemmify.layer import compile_layer
 from gemmify.pipeline_build import kernel_workspace_bytes
 from lowering import LOWERINGS, conv2d
 from lowering.cook_toom import POINTS, transforms
-from schedules import Machine, parse_target
+from schedules import Machine, parse_target, schedule_module
 
 FORMS = [(2, 3), (4, 3), (6, 3), (2, 5), (4, 5)]
 KEYS = ["winograd-2", "winograd-4", "winograd-6"]
@@ -78,3 +79,22 @@ def test_reasons(problem: object, text: str) -> None:
     for key in KEYS:
         reason = LOWERINGS[key].applicable(problem)  # type: ignore[arg-type]
         assert reason is not None and text in str(reason)
+
+
+@pytest.mark.parametrize("key", [*KEYS, "im2row"])
+def test_as_a_pass_on_a_foreign_function_and_scheduled(key: str) -> None:
+    a, w = te.placeholder((1, 8, 14, 14), name="a"), te.placeholder((12, 8, 3, 3), name="w")
+    conv = topi.nn.relu(topi.nn.conv2d_nchw(a, w, 1, 1, 1))
+    mod = tvm.IRModule({"main": te.create_prim_func([a, w, conv]).with_attr("global_symbol", "main")})
+    target = parse_target("llvm")
+    lowered = tvm.transform.Sequential([LOWERINGS[key]])(mod)
+    assert lowered["main"].script() != mod["main"].script()
+    lowered = schedule_module(lowered, Machine.from_target(target))
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s).astype("float32") for s in ((1, 8, 14, 14), (12, 8, 3, 3))]
+    results = []
+    for module in (mod, lowered):
+        out = tvm.runtime.tensor(np.full((1, 12, 14, 14), np.nan, "float32"))
+        tvm.compile(module, target=target)["main"](*map(tvm.runtime.tensor, arrays), out)
+        results.append(out.numpy())
+    np.testing.assert_allclose(results[1], results[0], atol=1e-3)

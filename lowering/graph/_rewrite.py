@@ -64,8 +64,9 @@ def array_of(const: Expr) -> np.ndarray:
 
 def make_const(values: np.ndarray, dtype: str | None = None) -> Expr:
     """A tensor constant of `values`, cast to `dtype`."""
-    # Not `ascontiguousarray`, which gives a number an axis.
-    return relax.const(np.asarray(values if dtype is None else values.astype(dtype, copy=False), order="C"))
+    # Not `ascontiguousarray`, which gives a number an axis; `relax.const` narrows float64 and int64 unless told.
+    array = np.asarray(values if dtype is None else values.astype(dtype, copy=False), order="C")
+    return relax.const(array, str(array.dtype))
 
 
 def scalar_of(expr: Expr) -> float | None:

@@ -3,7 +3,8 @@
 A block annotated `gemmify.chain` names its axes with one letter each: `o` an outer axis, `p` an outer axis that is a
 panel, `r` a serial one, `b` one of blocks (split by the sizes in `gemmify.block` into an `o` and an `r`), `u` one
 that is
-unrolled, `v` the one that is vectorised. Its producers are small maps of the
+unrolled, `v` the one that is vectorised. `gemmify.once` marks a chain that is computed once ahead of everything, never
+inside a GEMM's blocks. Its producers are small maps of the
 same element; they are computed just before it, one vector at a time, in local buffers with constant indices, which LLVM
 keeps in registers.
 """
@@ -19,6 +20,7 @@ from ..machine import Machine
 
 CHAIN_ANNOTATION = "gemmify.chain"
 BLOCK_ANNOTATION = "gemmify.block"
+ONCE_ANNOTATION = "gemmify.once"
 
 
 def find_chain_blocks(sch: s_tir.Schedule, func_name: str = "main") -> list[Any]:

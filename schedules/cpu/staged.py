@@ -14,18 +14,19 @@ from typing import Any
 from tvm import s_tir
 
 from ..machine import Machine
-from .chain import CHAIN_ANNOTATION, place_consumer, schedule_chain
+from .chain import CHAIN_ANNOTATION, ONCE_ANNOTATION, place_consumer, schedule_chain
 from .gemm import AXES_ANNOTATION, tile_loops, unroll_tile
 
 
 def schedule_staged(sch: s_tir.Schedule, chains: list[Any], gemm: Any | None, machine: Machine) -> None:
     """Schedule a function whose blocks are chains, and a GEMM between them if there is one, in place."""
-    if gemm is None:
-        (block,) = chains
+    alone = [c for c in chains if gemm is None or ONCE_ANNOTATION in sch.get(c).annotations]
+    for block in alone:
         outer, _ = schedule_chain(sch, block, machine)
-        serial = _serial_loops(sch, block, outer)
-        sch.parallel(sch.fuse(*outer, *serial))
+        sch.parallel(sch.fuse(*outer, *_serial_loops(sch, block, outer)))
+    if gemm is None:
         return
+    chains = [c for c in chains if ONCE_ANNOTATION not in sch.get(c).annotations]
     behind = [c for c in chains if _reaches(sch, gemm, c)]
     ahead = [c for c in chains if _reaches(sch, c, gemm)]
     assert len(behind) == 1 and len(ahead) <= 1, "a staged GEMM has one chain behind it and at most one ahead"
