@@ -21,12 +21,13 @@ from lowering.graph._rewrite import Emitter, Graph, substitute
 from lowering.graph.epilogue import LayerSite, describe_layer
 from schedules import Machine
 
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .fold import evaluate
 from .kernels import Kernel, LayerKernels, layer_kernels
 from .select import Choice, Policy, choose
 
 LAYER_ATTR = "gemmify.layer"
+_DTYPES = ("float32", "float64")
 
 
 @dataclass
@@ -72,11 +73,16 @@ def choose_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[s
     """The site and the chosen lowering of every layer function that a lowering can express, by function name.
 
     Builds no kernel. Raises InputError for a strict key that does not apply, and for a layer name of the policy that
-    the model does not have.
+    the model does not have; UnsupportedError for a layer in a dtype that is not compiled yet (float16, bfloat16).
     """
     chosen: dict[str, tuple[LayerSite, Choice]] = {}
     for name, func in _layer_functions(mod).items():
         site = describe_layer(func)
+        if site is not None and site.problem.dtype not in _DTYPES:
+            raise UnsupportedError(
+                f"layer {site.name} computes in {site.problem.dtype}, this version compiles float32 and float64 "
+                "layers; convert the model's weights and inputs to float32"
+            )
         if site is not None and not site.transposed:
             chosen[name] = (site, choose(site.name, site.problem, machine, policy))
     known = [site.name for site, _ in chosen.values()]
@@ -180,7 +186,7 @@ class _Rewriter:
     def _shared_constant(self, name: str, stage: str, value: Any) -> relax.Constant:
         key = (name, stage)
         if key not in self.constants:
-            self.constants[key] = relax.const(value)
+            self.constants[key] = relax.const(value, str(value.dtype))  # without a dtype float64 is narrowed
         return self.constants[key]
 
     def _convert(self, bb: Emitter, value: relax.Expr, site: LayerSite, lowering: Lowering) -> relax.Expr:
@@ -194,7 +200,7 @@ class _Rewriter:
         self, bb: Emitter, operand: Any, args: list[relax.Expr], site: LayerSite, lowering: Lowering
     ) -> relax.Expr:
         if isinstance(operand, np.ndarray):
-            return relax.const(operand)
+            return relax.const(operand, str(operand.dtype))
         value = args[operand]
         shape = output_shape(site.problem)
         if tuple(int(s) for s in value.ty.shape) != shape:

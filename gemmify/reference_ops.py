@@ -1,8 +1,9 @@
 """Operators for onnx's reference evaluator, in float64 and in plain NumPy, in place of its own.
 
-Its own are wrong for LRN, for Softmax and its relatives below opset 13, for pools with auto_pad SAME_*, and for
-ConvTranspose with groups or an output_shape; its Conv takes minutes for a network. Everything here follows the
-operator specification of ONNX, one slice of the input a kernel position.
+Its own are wrong for LRN, for Softmax and its relatives below opset 13, for BatchNormalization below opset 14, for
+pools with auto_pad SAME_*, and for ConvTranspose with groups or an output_shape; its Conv takes minutes for a network.
+Others lack forms (`reference_resize`) or are functions with float32 constants. Everything here follows the operator
+specification of ONNX, windows one slice of the input a kernel position.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from onnx.reference.op_run import OpRun
+
+from .errors import UnsupportedError
+from .reference_resize import Pad, Resize, Upsample
 
 Place: TypeAlias = Any
 """An index of an array: `...` and slices or numbers, which NumPy's own types do not name."""
@@ -175,6 +179,24 @@ class AveragePool(OpRun):
         return (np.asarray(total / sum(read for _, read in where.taps(counted)), x.dtype),)
 
 
+class LpPool(OpRun):
+    """`(sum |x|^p)^(1/p)` over each window."""
+
+    def _run(self, x: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
+        where, p = windows(x.shape[2:], attributes["kernel_shape"], attributes), attributes.get("p") or 2
+        total = sum(np.abs(read) ** p for _, read in where.taps(where.padded(x, 0)))
+        return (np.asarray(total ** (1 / p), x.dtype),)
+
+
+class GlobalLpPool(OpRun):
+    """`(sum |x|^p)^(1/p)` over each channel of each image."""
+
+    def _run(self, x: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
+        p = attributes.get("p") or 2
+        total = (np.abs(x) ** p).sum(axis=tuple(range(2, x.ndim)), keepdims=True)
+        return (np.asarray(total ** (1 / p), x.dtype),)
+
+
 class LRN(OpRun):
     """`x / (bias + alpha / size sum of x^2 over the `size` channels around)^beta`."""
 
@@ -184,8 +206,50 @@ class LRN(OpRun):
         channels = x.shape[1]
         squares = np.pad(np.square(x), [(0, 0), (below, above), *[(0, 0)] * (x.ndim - 2)])
         total = sum(squares[:, i : i + channels] for i in range(size))
-        scale = attributes["bias"] + attributes["alpha"] / size * total
+        # The evaluator hands attributes over as float32, in which a quotient would be rounded.
+        scale = attributes["bias"] + float(attributes["alpha"]) / size * total
         return (np.asarray(x / scale ** attributes["beta"], x.dtype),)
+
+
+class BatchNormalization(OpRun):
+    """`scale (x - mean) / sqrt(var + epsilon) + bias` with the statistics given, by channel; `momentum` is unused.
+
+    With `spatial` = 0 (opsets 7 and 8) the parameters have the shape of one image. Raises UnsupportedError for
+    `training_mode` = 1.
+    """
+
+    def _run(
+        self,
+        x: np.ndarray,
+        scale: np.ndarray,
+        bias: np.ndarray,
+        mean: np.ndarray,
+        var: np.ndarray,
+        **attributes: Any,
+    ) -> tuple[np.ndarray]:
+        if attributes.get("training_mode"):
+            name = self.onnx_node.name
+            raise UnsupportedError(f"BatchNormalization {name!r} is in training mode; export the model for inference")
+        by_channel = (-1, *[1] * (x.ndim - 2))
+        shape = x.shape[1:] if attributes.get("spatial") == 0 else by_channel
+        scale, bias, mean, var = (p.reshape(shape) for p in (scale, bias, mean, var))
+        return (np.asarray(scale * (x - mean) / np.sqrt(var + float(attributes["epsilon"])) + bias, x.dtype),)
+
+
+class MeanVarianceNormalization(OpRun):
+    """`(x - mean) / (deviation + 1e-9)` over `axes`."""
+
+    def _run(self, x: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
+        axes = tuple(attributes.get("axes") or (0, 2, 3))
+        deviation = np.sqrt(np.maximum((x**2).mean(axes, keepdims=True) - x.mean(axes, keepdims=True) ** 2, 0))
+        return ((x - x.mean(axes, keepdims=True)) / (deviation + 1e-9),)
+
+
+class HardSwish(OpRun):
+    """`x max(0, min(1, x / 6 + 1 / 2))`, where onnx's function has a sixth in float32."""
+
+    def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
+        return (x * np.clip(x / 6 + 0.5, 0, 1),)
 
 
 class _OverClasses(OpRun):
@@ -227,7 +291,15 @@ OPERATORS: tuple[type[OpRun], ...] = (
     ConvTranspose,
     MaxPool,
     AveragePool,
+    LpPool,
+    GlobalLpPool,
     LRN,
+    BatchNormalization,
+    MeanVarianceNormalization,
+    HardSwish,
+    Upsample,
+    Resize,
+    Pad,
     Softmax,
     LogSoftmax,
     Hardmax,

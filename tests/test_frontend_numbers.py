@@ -16,7 +16,9 @@ from models import make_model, single
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from gemmify.errors import UnsupportedError
 from gemmify.frontend import TensorSpec, import_model
+from gemmify.reference_resize import Resize
 
 WINDOWS = {
     "conv": single("Conv", [[2, 3, 7, 8]], [normal(4, 3, 3, 2), normal(4)], pads=[1, 0, 2, 1], strides=[2, 1]),
@@ -219,6 +221,18 @@ def test_upsample_of_opset_7_and_resize_of_opset_10_repeat_pixels() -> None:
         single("Resize", [x.shape], [scales], opset=10, mode="nearest"),
     ):
         np.testing.assert_array_equal(run(import_model(model), {"x0": x})[0], x.repeat(2, axis=2).repeat(3, axis=3))
+
+
+def test_resize_of_opset_10_that_shrinks_takes_the_value_behind() -> None:
+    """As in the example `resize_downsample_nearest` of that opset: positions 0, 4/3, 8/3 and 4 read 0, 2, 3 and 4."""
+    x = normal(1, 2, 6, 8)
+    model = single("Resize", [x.shape], [np.array([1, 1, 0.5, 0.75], np.float32)], opset=10, mode="nearest")
+    want = x[:, :, ::2][..., [0, 2, 3, 4, 6, 7]]
+    np.testing.assert_array_equal(run(import_model(model), {"x0": x})[0], want)
+    np.testing.assert_array_equal(ReferenceEvaluator(model, new_ops=[Resize]).run(None, {"x0": x})[0], want)
+    model = single("Resize", [x.shape], [np.array([1, 1, 2, 0.5], np.float32)], opset=10, mode="nearest")
+    with pytest.raises(UnsupportedError, match="one axis larger and another smaller, below opset 11"):
+        import_model(model)
 
 
 @pytest.mark.parametrize("opset", [9, 10, 17])

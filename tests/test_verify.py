@@ -12,7 +12,7 @@ from models import make_model, single, small_cnn
 from network_checks import onnxruntime_outputs
 
 from gemmify import verify
-from gemmify.errors import InputError
+from gemmify.errors import InputError, UnsupportedError
 from gemmify.frontend import TensorSpec
 from gemmify.reference_ops import OPERATORS
 from gemmify.runtime import random_inputs
@@ -42,6 +42,16 @@ def pool(name: str, op: str, size: tuple[int, ...], opset: int = 17, **attribute
     return case(f"{op}-{name}", single(op, [(2, 3, *size)], opset=opset, **attributes))
 
 
+def numbers(*given: float) -> np.ndarray:
+    return np.array(given, np.float32)
+
+
+def norm(name: str, opset: int, shape: Any = (2, 3, 4, 5), of: Any = (3,), **attributes: Any) -> Any:
+    weights = [values(*of), values(*of), values(*of), np.abs(values(*of)) + numbers(0.5)]
+    return case(name, single("BatchNormalization", [shape], weights, opset=opset, **attributes))
+
+
+AXES = {"axes": [0, 1, 3]}
 POOLS = [
     pool(name, op, size, **attributes)
     for op in ("MaxPool", "AveragePool")
@@ -61,6 +71,13 @@ MODELS = [
     *POOLS,
     pool("dilated", "MaxPool", (9, 9), kernel_shape=[2, 3], dilations=[3, 2], pads=[1, 1, 0, 1]),
     pool("counted", "AveragePool", (8, 9), kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4, count_include_pad=1),
+    *[
+        pool(f"{p}-{opset}", "LpPool", (8, 9), opset, kernel_shape=[3, 2], strides=[2, 3], pads=[1, 0, 1, 1], p=p)
+        for p, opset in ((1, 7), (2, 17), (3, 11))
+    ],
+    pool("ceil", "LpPool", (8, 9), 18, kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1),
+    pool("same", "LpPool", (7, 10), 11, kernel_shape=[3, 4], strides=[2, 3], auto_pad="SAME_LOWER"),
+    *[pool(f"{p}", "GlobalLpPool", (8, 9), p=p) for p in (1, 2, 3)],
     case("MaxPool-indices", single("MaxPool", [(2, 3, 6, 7)], outputs=2, kernel_shape=[3, 2], strides=[2, 1])),
     conv("conv", (8, 9), (5, 3, 3, 2), pads=[1, 0, 2, 1], strides=[2, 1]),
     conv("conv-groups", (8, 9), (6, 2, 3, 3), group=3, dilations=[2, 1]),
@@ -77,6 +94,39 @@ MODELS = [
     transpose("transpose-same", (4, 5), (3, 2, 4, 4), strides=[2, 2], auto_pad="SAME_UPPER"),
     *[case(f"lrn-{n}", single("LRN", [(3, 9, 4, 5)], size=n, alpha=0.5, beta=0.7, bias=2.0)) for n in (1, 3, 5)],
     case("lrn-defaults", single("LRN", [(2, 9, 4, 5)], size=3)),
+    *[norm(f"norm-opset{opset}", opset, epsilon=0.1) for opset in (7, 8, 9, 10, 12, 13, 14, 15, 17)],
+    *[norm(f"norm-momentum-opset{opset}", opset, momentum=0.5) for opset in (7, 9, 13, 14)],
+    norm("norm-of-rows", 9, (7, 3)),
+    norm("norm-3d", 9, (2, 3, 2, 4, 3)),
+    norm("norm-channels", 8, spatial=1),
+    norm("norm-positions", 8, (4, 3, 2, 5), (3, 2, 5), spatial=0),
+    *[case(f"mvn{axes}", single("MeanVarianceNormalization", [(2, 3, 4, 5)], opset=13, **axes)) for axes in ({}, AXES)],
+    case("hardswish", single("HardSwish", [(2, 3, 4, 5)])),
+    *[
+        case(
+            f"upsample-{mode}-opset7", single("Upsample", [(2, 3, 5, 8)], opset=7, mode=mode, scales=[1.0, 1, 1.5, 2.4])
+        )
+        for mode in ("nearest", "linear")
+    ],
+    *[
+        case(f"{op}-{mode}-{scales}", single(op, [(2, 3, 8, 12)], [numbers(*scales)], opset=opset, mode=mode))
+        for op, opset, scales in [
+            ("Upsample", 9, (1, 1, 2, 3)),
+            ("Upsample", 9, (1, 1, 1.5, 2.4)),
+            ("Resize", 10, (1, 1, 2, 1.25)),
+            ("Resize", 10, (1, 1, 0.75, 0.75)),
+            ("Resize", 10, (1, 1, 0.6, 3)),
+        ]
+        for mode in ("nearest", "linear")
+    ],
+    case("resize", single("Resize", [(2, 3, 8, 12)], [None, numbers(1, 1, 1.5, 0.75)], opset=13, mode="linear")),
+    *[
+        case(f"pad-{mode}", single("Pad", [(2, 3, 4, 5)], opset=10, mode=mode, pads=[0, 0, 1, -2, 0, 1, -1, 2]))
+        for mode in ("constant", "reflect", "edge")
+    ],
+    case("pad-value", single("Pad", [(2, 3, 4, 5)], opset=7, pads=[0, 0, 1, 2, 0, 0, 0, 1], value=1.5)),
+    case("pad-inputs", single("Pad", [(2, 3, 4, 5)], [np.array([0, 1, 1, 2, -1, 0, 2, 1]), numbers(1.5)[0]], opset=13)),
+    case("pad-axes", single("Pad", [(2, 3, 4, 5)], [np.array([1, -2, 2, 1]), None, np.array([2, -1])], opset=18)),
     *[
         case(f"{op}-opset{opset}-{axis}", single(op, [(2, 3, 4, 5)], opset=opset, **axis))
         for op in ("Softmax", "LogSoftmax", "Hardmax")
@@ -105,6 +155,26 @@ def test_the_reference_agrees_with_onnxruntime(model: onnx.ModelProto) -> None:
     for have, want in zip(got, onnxruntime_outputs(model, x), strict=True):
         assert have.shape == want.shape and np.unique(want).size > 1
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_normalization_in_training_mode_is_refused() -> None:
+    of_three = [values(3), values(3), values(3), np.abs(values(3))]
+    model = single("BatchNormalization", [(2, 3, 4, 5)], of_three, opset=15, outputs=3, training_mode=1)
+    with pytest.raises(UnsupportedError, match="'node' is in training mode; export the model for inference"):
+        verify.reference_outputs(model, inputs_of(model), ["y0"], "float64")
+
+
+@pytest.mark.parametrize("opset", [7, 9, 12, 13, 14, 17])
+def test_a_network_of_every_opset(opset: int) -> None:
+    model = small_cnn(2)
+    model.opset_import[0].version = opset
+    if opset < 9:  # IR version 3, the one of those opsets, wants each initializer among the inputs
+        model.ir_version = 3
+        shapes = [onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer]
+        model.graph.input.extend(shapes)
+    x = {"x": values(2, 3, 12, 12)}
+    (got,), _ = verify.reference_outputs(model, x, ["y"], "float64")
+    np.testing.assert_allclose(got, onnxruntime_outputs(model, x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_every_operator_of_ours_is_compared() -> None:

@@ -3,8 +3,8 @@
 * Layers (Conv, ConvTranspose, Gemm, MatMul) are emitted under a marker by which their binding is found and named later,
   and a constant bias is reshaped at once.
 * Clip becomes `relax.clip` (TVM emits anonymous kernels, which no epilogue pass recognises).
-* LRN of even size and of other dtypes than float32; legacy Softmax without needless reshapes; Sum, Min, Max and Mean as
-  chains of binary operators instead of a stack and a reduction.
+* LRN of even size and of other dtypes than float32; Elu, Selu and ThresholdedRelu of other dtypes; legacy Softmax
+  without needless reshapes; Sum, Min, Max and Mean as chains of binary operators instead of a stack and a reduction.
 """
 
 from __future__ import annotations
@@ -186,6 +186,27 @@ def lrn(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
     return relax.op.divide(x, powers)
 
 
+def elu(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
+    """`max(x, 0) - alpha max(1 - exp(x), 0)`; TVM's has float32 constants, and so have the two below."""
+    x, dtype, op = inputs[0], inputs[0].ty.dtype, relax.op
+    below = op.nn.relu(op.subtract(relax.const(1.0, dtype), op.exp(x)))
+    return op.add(op.multiply(relax.const(-float(attrs.get("alpha", 1.0)), dtype), below), op.nn.relu(x))
+
+
+def selu(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
+    """`gamma elu(x)`, with the defaults of the operator specification."""
+    alpha = float(attrs.get("alpha", 1.67326319217681884765625))
+    gamma = float(attrs.get("gamma", 1.05070102214813232421875))
+    return relax.op.multiply(relax.const(gamma, inputs[0].ty.dtype), elu(ctx, inputs, {"alpha": alpha}))
+
+
+def thresholded_relu(ctx: Context, inputs: list[Expr], attrs: Attributes) -> Expr:
+    """`x` where it is above alpha, else 0."""
+    x, dtype = inputs[0], inputs[0].ty.dtype
+    above = relax.op.greater(x, relax.const(float(attrs.get("alpha", 1.0)), dtype))
+    return relax.op.multiply(relax.op.astype(above, dtype), x)
+
+
 CONVERTERS: dict[str, Callable[[Context, list[Expr], Attributes], Expr]] = {
     "Conv": conv,
     "ConvTranspose": conv_transpose,
@@ -199,4 +220,7 @@ CONVERTERS: dict[str, Callable[[Context, list[Expr], Attributes], Expr]] = {
     "Softmax": _softmax(relax.op.nn.softmax),
     "LogSoftmax": _softmax(relax.op.nn.log_softmax),
     "LRN": lrn,
+    "Elu": elu,
+    "Selu": selu,
+    "ThresholdedRelu": thresholded_relu,
 }

@@ -119,7 +119,11 @@ def _top_k(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
-    """Upsample (opset 7: scales as attribute, 9: as input) and Resize of opset 10 are Resize without half pixels."""
+    """Upsample (opset 7: scales as attribute, 9: as input) and Resize of opset 10 are Resize without half pixels.
+
+    "nearest" takes the value before on an axis that grows, and the one after on an axis that shrinks: the example
+    `resize_downsample_nearest` of opset 10.
+    """
     values: dict[str, Any] = attributes(node)
     if "scales" in values:
         node.input.append(graph.add_constant(f"{node.name}_scales", np.array(values["scales"], np.float32)))
@@ -128,11 +132,15 @@ def _upsample(graph: Graph, node: onnx.NodeProto) -> None:
     node.op_type = "Resize"
     node.input.extend([x, "", scales])
     mode = str(values.get("mode", "nearest"))
+    factors = graph.constants.get(scales)
+    shrinks, grows = (False, False) if factors is None else (bool((factors < 1).any()), bool((factors > 1).any()))
+    if mode == "nearest" and shrinks and grows:
+        raise refuse(node, "of mode nearest that makes one axis larger and another smaller, below opset 11")
     set_attributes(
         node,
         mode="linear" if mode == "bilinear" else mode,
         coordinate_transformation_mode="asymmetric",
-        nearest_mode="floor",
+        nearest_mode="ceil" if shrinks else "floor",
     )
 
 

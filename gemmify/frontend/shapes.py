@@ -79,8 +79,8 @@ def _bind(name: str, dims: Dims, wanted: tuple[int, ...], bound: dict[str, int])
     for axis, (dim, value) in enumerate(zip(dims, wanted, strict=True)):
         if isinstance(dim, int) and dim != value and axis > 0:
             raise InputError(
-                f"input {name!r} has the fixed shape {show(dims)}, which contradicts the shape given, "
-                f"{show(wanted)}: only its batch (first dimension) can be changed"
+                f"input {name!r} has the shape {show(dims)}, and the shape given, {show(wanted)}, contradicts it: "
+                f"dimension {axis} is fixed at {dim}; only the first dimension (batch) and named ones can be changed"
             )
         if isinstance(dim, str) and dim != "?" and bound.setdefault(dim, value) != value:
             raise InputError(
