@@ -47,16 +47,17 @@ def compile(
     shapes: Mapping[str, Sequence[int]] | None = None,
     plan: Any = None,
     threads: int | None = None,
-    max_workspace: int | None = None,
+    max_workspace: int | str | None = None,
     progress: Callable[[str, float], None] | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Model:
     """Compile `model` (a file, a zoo name, or a module) and return it ready to run.
 
-    `lowering` is "auto", one key for every layer, or `{layer name: key}`; with `strict` a layer that the key does not
-    fit is an error instead of taking another one. `shapes` fixes the input shapes, `threads` is the number of CPU
-    threads that the code is made for and runs with (default: the physical cores this process may use),
-    `max_workspace` bounds the scratch memory of a layer in bytes, `progress(stage, seconds)` is told each stage.
+    `lowering` is "auto", one key for every layer, or `{layer name: key}` ("*" names all others); with `strict` a layer
+    that the key does not fit is an error instead of taking another one. `shapes` fixes the input shapes, `threads` is
+    the number of CPU threads that the code is made for and runs with (default: the physical cores this process may
+    use), `max_workspace` bounds the scratch memory of a layer (bytes, or text such as "64KiB"),
+    `progress(stage, seconds)` is told each stage.
     Raises InputError or UnsupportedError for a wrong call or model, GemmifyError where the work fails.
     """
     from .runtime import compile_to_model

@@ -6,18 +6,20 @@ Exit codes: 0 done, 1 the work failed (a check did not hold), 2 the input or the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import __version__
 from .errors import GemmifyError, InputError
 from .export import check_destination
 from .report import Progress, emit
+from .sizes import parse_size
 
 INTERRUPTED = 130
 _MODEL = "an ONNX file, a .pt2 file, or a name from the zoo (see `gemmify list`)"
@@ -26,6 +28,9 @@ _MODEL = "an ONNX file, a .pt2 file, or a name from the zoo (see `gemmify list`)
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see `{self.prog} --help`")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse drops the error of a full disk
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -42,12 +47,13 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
 def _lowering(text: str) -> str | dict[str, str]:
     if "=" not in text:
         return text
-    chosen = {}
+    chosen: dict[str, str] = {}
     for pair in text.split(","):
         name, equals, key = pair.rpartition("=")
         if not equals or not name or not key:
             raise argparse.ArgumentTypeError(f"{pair!r} is not LAYER=KEY; write KEY, or LAYER=KEY,LAYER=KEY")
-        chosen[name] = key
+        if chosen.setdefault(name, key) != key:
+            raise argparse.ArgumentTypeError(f"layer {name} is given both {chosen[name]} and {key}; leave one out")
     return chosen
 
 
@@ -68,22 +74,28 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
 def _size(text: str) -> int:
-    """Bytes: "1048576", "512K", "512KiB", "64M", "1GiB"; the units are powers of 1,024, in either case."""
-    digits = text.rstrip("BGIKMbgikm")
-    unit = text[len(digits) :].upper()
-    unit = unit[0] if len(unit) == 3 and unit.endswith("IB") else unit
-    if not digits.isdecimal() or unit not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, e.g. 1048576, 512KiB or 64MiB")
-    return int(digits) * _UNITS[unit]
+    try:
+        return parse_size(text)
+    except InputError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def _add_up(given: Sequence[str | dict[str, str]]) -> str | dict[str, str]:
+    """Several --lowering as one; "*" holds the key that goes with LAYER=KEYs. InputError where two contradict."""
+    found: dict[str, str] = {}
+    for value in given:
+        for layer, key in ({"*": value} if isinstance(value, str) else value).items():
+            if found.setdefault(layer, key) != key:
+                whose = "every layer" if layer == "*" else f"layer {layer}"
+                raise InputError(f"--lowering gives {whose} both {found[layer]} and {key}; leave one out")
+    return found["*"] if set(found) == {"*"} else found
 
 
 def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None:
     parser.add_argument("--target", help='"llvm" is this machine; else e.g. "llvm -mcpu=x86-64-v3"')
-    parser.add_argument("--lowering", type=_lowering, metavar="KEY|LAYER=KEY,...", help="default: auto")
+    lowering = "of every layer, or of the named ones; default: auto; several add up"
+    parser.add_argument("--lowering", type=_lowering, action="append", metavar="KEY|LAYER=KEY,...", help=lowering)
     parser.add_argument("--strict", action="store_true", help="fail where the lowering does not fit a layer")
     parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
     parser.add_argument(
@@ -104,7 +116,9 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=_positive, metavar="N", help="timed runs (default: 40, of a suite 15)")
     parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
     lowering = "default: auto for models; for a suite plain (pointwise, depthwise, dense, else implicit-gemm)"
-    parser.add_argument("--lowering", type=_bench_lowering, metavar="KEY,...|LAYER=KEY,...", help=lowering)
+    parser.add_argument(
+        "--lowering", type=_bench_lowering, action="append", metavar="KEY,...|LAYER=KEY,...", help=lowering
+    )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 
@@ -112,7 +126,7 @@ def _chosen_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `gemmify.compile` that the user gave."""
     options = {
         "target": args.target,
-        "lowering": args.lowering,
+        "lowering": _add_up(args.lowering) if args.lowering else None,
         "strict": args.strict or None,
         "shapes": dict(args.shape) if args.shape else None,
         "max_workspace": args.max_workspace,
@@ -157,7 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = verb("run", "run a library, or a model that is compiled first")
     run.add_argument("model", metavar="LIB|MODEL", help="a library, " + _MODEL)
-    run.add_argument("--input", action="append", default=[], metavar="NAME=X.npy|X.npz|random", help="default: random")
+    run.add_argument(
+        "--input", action="append", default=[], metavar="NAME=X.npy|NAME=random|X.npz|random", help="default: random"
+    )
     run.add_argument("--seed", type=int, default=0, help="of random inputs")
     run.add_argument("--output", metavar="OUT.npz", help="write the outputs")
     run.add_argument("--repeat", type=_positive, default=1, metavar="N", help="time N runs")
@@ -204,8 +220,49 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
     else:
         names = ("layer", "lowering", "quick", "peers", "target", "threads", "repeat")
         keywords = {name: getattr(args, name) for name in names} | {"shapes": dict(args.shape or []) or None}
+        if args.lowering:
+            # A suite takes several keys, and is measured with each of them.
+            several = all(isinstance(value, str) for value in args.lowering) and args.suite is not None
+            keywords["lowering"] = ",".join(args.lowering) if several else _add_up(args.lowering)
         result = command.execute(args.model, args.suite, **keywords)
     return result
+
+
+def _check_streams() -> None:
+    """GemmifyError where the standard output is closed: before minutes of work, not after. A closed standard error is
+    replaced, so that no file of ours takes its descriptor."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = sys.stderr  # this process prints nothing more on it
+        raise GemmifyError("the standard output is closed; send it to a file, or to /dev/null")
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    with _printing():  # --help and --version print here, and end the program
+        return build_parser().parse_args(words)
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    """Flush the standard output at the end of the block, whatever ends it; GemmifyError where it cannot be written."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        _mute()
+        raise GemmifyError(
+            f"cannot write to the standard output: {err.strerror or err}; free space or use a pipe"
+        ) from err
+
+
+def _mute() -> None:
+    """Let what is still to be written vanish: the interpreter would complain about it at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(*_: object) -> None:
@@ -220,19 +277,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A killed compilation cleans up as an interrupted one does.
         signal.signal(signal.SIGTERM, _interrupt)
     try:
-        args = build_parser().parse_args(words)
+        _check_streams()
+        args = _parse(words)
         if getattr(args, "json", None) not in (None, "-"):
             check_destination(args.json)  # before minutes of work, not after
         command = importlib.import_module(f".commands.{args.verb}", __package__)
         result = _execute(command, args)
-        emit(result, args.json, command.show_markdown if getattr(args, "markdown", False) else command.show)
+        with _printing():
+            emit(result, args.json, command.show_markdown if getattr(args, "markdown", False) else command.show)
         if hasattr(command, "check"):
             command.check(result)
-        sys.stdout.flush()
         return 0
     except BrokenPipeError:
         # The reader of a pipe has seen enough; the interpreter must not complain about it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, debug)
@@ -249,5 +307,6 @@ def _fail(message: str, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print("gemmify: error: " + " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full standard error: the exit code still tells
+        print("gemmify: error: " + " ".join(message.split()), file=sys.stderr)
     return code

@@ -41,6 +41,8 @@ def check_destination(path: str | os.PathLike[str]) -> Path:
 
     Raises InputError where it is a folder, or its own folder is missing or not writable.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"the destination must be the path of a file, got {path!r}")
     place = Path(path)
     if place.is_dir():
         raise InputError(f"cannot write {place}: it is a folder; give the name of a file in it, e.g. {place / 'NAME'}")
@@ -123,9 +125,11 @@ def _link(command: list[str], name: str, output: Path, objects: list[str]) -> No
         raise GemmifyError(f"cannot link {name}: {command[0]}: {err.strerror or err}; {_INSTALL}") from err
     if done.returncode != 0 or not output.is_file():
         words = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        full = [line for line in words if "No space left" in line or "File too large" in line]
+        full = [line for line in words if "No space left" in line or "File too large" in line or "quota" in line]
         said = (full or words or [f"exit status {done.returncode}"])[0]
-        raise GemmifyError(f"cannot link {name}: {said}; free disk space or {_INSTALL}, then export again")
+        other = f"{command[0]} failed; set CXX to a compiler that can link for this target, or {_INSTALL}"
+        advice = "free disk space, or export to another place" if full else other
+        raise GemmifyError(f"cannot link {name}: {said}; {advice}")
 
 
 @contextlib.contextmanager

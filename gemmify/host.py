@@ -162,6 +162,12 @@ def allowed_cpus() -> frozenset[int]:
         return frozenset(range(os.cpu_count() or 1))
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process can use at once: those that it may run on, within the control group's limit."""
+    granted = _cgroup_cpus()
+    return len(allowed_cpus()) if granted is None else min(len(allowed_cpus()), granted)
+
+
 def physical_cores(
     cpus: Iterable[int] | None = None, topology: Path = Path("/sys/devices/system/cpu"), limit: int | None = None
 ) -> int:

@@ -18,7 +18,7 @@ from lowering import ConvProblem
 from lowering.graph.epilogue import LayerSite
 from schedules import Machine, TargetError, parse_target, schedule_module
 
-from .errors import InputError
+from .errors import GemmifyError, InputError
 from .export import check_destination
 from .frontend import ImportedModel, import_model
 from .layer import LayerKernel, compile_layer
@@ -64,7 +64,7 @@ def plan_model(
     shapes: Mapping[str, Sequence[int]] | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     threads: int | None = None,
-    max_workspace: int | None = None,
+    max_workspace: int | str | None = None,
 ) -> Planned:
     """Choose the lowering of every layer of `model` as `compile_model` does with the same arguments; same errors."""
     machine = Machine.from_target(resolve_target(target))
@@ -78,6 +78,8 @@ def plan_model(
 
 def resolve_target(target: Any) -> tvm.target.Target:
     """The checked TVM target of what the user gave; InputError for one that cannot be compiled for."""
+    if not isinstance(target, str | Mapping | tvm.target.Target):
+        raise InputError(f'the target must be text such as "llvm", a dict or a tvm Target, got {target!r}')
     try:
         parsed = parse_target(target)
     except TargetError as err:
@@ -96,7 +98,7 @@ def compile_model(
     shapes: Mapping[str, Sequence[int]] | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     threads: int | None = None,
-    max_workspace: int | None = None,
+    max_workspace: int | str | None = None,
     progress: Progress | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Compilation:
@@ -150,7 +152,7 @@ def fuse_rest(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         )(mod)
 
 
-def _policy(lowering_arg: Any, strict: bool, max_workspace: int | None, plan: Any) -> Policy:
+def _policy(lowering_arg: Any, strict: bool, max_workspace: int | str | None, plan: Any) -> Policy:
     if plan is None:
         return make_policy(lowering_arg, strict, max_workspace)
     if lowering_arg != "auto":
@@ -188,7 +190,11 @@ class _Stages:
         if self.dump_dir is not None:
             self.count += 1
             text = mod.script(show_meta=False)
-            (self.dump_dir / f"{self.count}_{name}.py").write_text(text)
+            try:
+                (self.dump_dir / f"{self.count}_{name}.py").write_text(text)
+            except OSError as err:
+                said = err.strerror or err
+                raise GemmifyError(f"cannot dump into {self.dump_dir}: {said}; free space or drop the dump") from err
         return mod
 
 

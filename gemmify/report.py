@@ -122,8 +122,11 @@ def layers_table(layers: Sequence[dict[str, Any]]) -> None:
 
 def memory_line(memory: dict[str, int]) -> None:
     """The memory of a network in one line."""
+    where = {"workspace": " (in the arena)", "kernels": " (scratch inside kernels)"}
     if memory:
-        print("memory: " + ", ".join(f"{name} {size(value)}" for name, value in memory.items()))
+        kinds = [f"{name} {size(value)}{where.get(name, '')}" for name, value in memory.items()]
+        peak = sum(value for name, value in memory.items() if name != "workspace")
+        print(f"memory: {', '.join(kinds)}; at most {size(peak)} in a run")
 
 
 def emit(result: dict[str, Any], where: str | None, show: Callable[[dict[str, Any]], None]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from . import host
 from .errors import GemmifyError, GemmifyWarning, IncompatibleError, InputError
 from .manifest import Manifest, TensorSpec, read_manifest
-from .threads import check_threads, default_threads, import_tvm, use_threads, without_scope_lines
+from .threads import check_fork, check_threads, default_threads, import_tvm, use_threads, without_scope_lines
 
 Inputs = Mapping[str, Any] | Sequence[Any] | np.ndarray
 
@@ -131,7 +131,12 @@ class Model:
         return [dict(layer) for layer in self.manifest.layers]
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind: weights, arena, workspace (its peak), outputs."""
+        """Bytes by kind: weights, arena (activations and workspace, reused), workspace (the part of the arena at its
+        peak), outputs (allocated at each run), kernels (scratch inside the kernels of all threads, the largest).
+
+        A run holds weights + arena + outputs + kernels at most. A layer's `workspace_bytes` is its workspace in the
+        arena plus, for each thread, its scratch inside the kernels.
+        """
         return dict(self.manifest.memory)
 
     @property
@@ -142,8 +147,8 @@ class Model:
     def set_threads(self, threads: int) -> None:
         """Run on `threads` CPU threads from now on.
 
-        Raises InputError for a number below 1, and for one above the size of TVM's pool where that was fixed already:
-        the first run in each Python thread fixes it, at the number of CPUs that the process may use or more.
+        Raises InputError for a number below 1 or above the CPUs that the process may use, and for one above the size
+        of TVM's pool where that was fixed already: by other code that ran TVM first in this Python thread.
         """
         check_threads(threads)
         with self._lock:
@@ -160,14 +165,19 @@ class Model:
         specs = self.inputs
         wanted = ", ".join(map(str, specs)) or "none"
         if not isinstance(inputs, Mapping):
-            values = [inputs] if isinstance(inputs, np.ndarray) else list(inputs)
+            if not isinstance(inputs, list | tuple) and not hasattr(inputs, "__array__"):
+                raise InputError(
+                    f"the inputs must be {{name: array}}, an array, or a list of arrays, got {type(inputs).__name__}; "
+                    f"the model takes {wanted}"
+                )
+            values = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
             if len(values) != len(specs):
                 raise InputError(f"the model takes {len(specs)} inputs ({wanted}), {len(values)} were given")
             inputs = {spec.name: value for spec, value in zip(specs, values, strict=True)}
-        unknown = sorted(set(inputs) - {s.name for s in specs})
+        unknown = sorted(set(inputs) - {s.name for s in specs}, key=str)
         missing = [s.name for s in specs if s.name not in inputs]
         if unknown or missing:
-            said = [f"unknown input {', '.join(unknown)}"] if unknown else []
+            said = [f"unknown input {', '.join(map(str, unknown))}"] if unknown else []
             said += [f"missing input {', '.join(missing)}"] if missing else []
             raise InputError(f"{' and '.join(said)}; the model takes {wanted}")
         return [_fit(spec, inputs[spec.name]) for spec in specs]
@@ -184,8 +194,10 @@ class Model:
     def run(self, inputs: Inputs) -> list[np.ndarray]:
         """Run once on `{name: array}` (or the arrays in order); returns the outputs in the model's order, as copies.
 
-        Raises InputError, naming what is required, for an unknown or missing name, another shape or another dtype.
+        Raises InputError, naming what is required, for an unknown or missing name, another shape or another dtype;
+        GemmifyError in a process forked from one that had run already.
         """
+        check_fork()
         with self._lock:
             placed = self._place(inputs)
             result = self._vm["main"](*placed)
@@ -205,6 +217,7 @@ class Model:
     ) -> list[float]:
         if repeat < 1 or warmup < 0:
             raise InputError(f"repeat must be at least 1 and warmup at least 0, got {repeat} and {warmup}")
+        check_fork()
         with self._lock:
             placed = self._place(random_inputs(self.inputs) if inputs is None else inputs)
             main, seconds = vm()["main"], []
@@ -239,6 +252,15 @@ class Model:
         calls = [[c for c in run if not c[0].startswith("vm.builtin.")] for run in runs]
         return [(same[0][0], float(np.median([s for _, s in same]))) for same in zip(*calls, strict=True)]
 
+    def __repr__(self) -> str:
+        told = [f"{', '.join(map(str, specs)) or 'none'}" for specs in (self.inputs, self.outputs)]
+        layers, threads = len(self.manifest.layers), self._threads
+        return f"<gemmify.Model {self.manifest.model}: {told[0]} -> {told[1]}; {layers} layers, {threads} threads>"
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """Refuse pickle and copy with a TypeError: machine code and a virtual machine do not travel that way."""
+        raise TypeError("a Model cannot be pickled or copied: export it, and gemmify.load the file where it is needed")
+
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Write the network as one shared library, and its manifest as readable JSON beside it (`<path>.json`).
 
@@ -272,6 +294,8 @@ def _fit(spec: TensorSpec, value: Any) -> np.ndarray:
 
 def load(path: str | os.PathLike[str], threads: int | None = None) -> Model:
     """Load an exported library (see `gemmify.load`)."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"the library must be given as the path of a file, got {path!r}")
     place = Path(path)
     manifest = read_manifest(place)
     arch = host.elf_arch(place)

@@ -18,11 +18,14 @@ from schedules.cpu.tile import modelled_cycles
 
 from .errors import InputError
 from .kernels import tile_for, tile_request
+from .report import size
+from .sizes import parse_size
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One lowering of one layer: why it is out (`reason`), or its tile, its cost and its modelled cycles."""
+    """One lowering of one layer: why it is out (`reason`), its tile, its cost and its modelled cycles where it applies
+    (a lowering above the workspace bound has both)."""
 
     lowering: Lowering
     reason: Reason | None
@@ -66,12 +69,18 @@ class Policy:
         return (self.layers or {}).get(layer, self.default)
 
 
-def make_policy(lowering: Any, strict: bool, max_workspace: int | None) -> Policy:
-    """A Policy from what `compile(lowering=...)` takes: "auto", a key, or a mapping of layer name to key."""
+def make_policy(lowering: Any, strict: bool, max_workspace: int | str | None) -> Policy:
+    """A Policy from what `compile(lowering=...)` takes: "auto", a key, or a mapping of layer name to key, in which "*"
+    stands for the layers that it does not name; `max_workspace` is in bytes, or text such as "64KiB"."""
+    try:
+        bound = None if max_workspace is None else parse_size(max_workspace)
+    except InputError as err:
+        raise InputError(f"max_workspace: {err}") from err
     if isinstance(lowering, str):
-        return Policy(lowering, None, strict, max_workspace)
+        return Policy(lowering, None, strict, bound)
     if isinstance(lowering, Mapping):
-        return Policy("auto", {str(k): str(v) for k, v in lowering.items()}, strict, max_workspace)
+        layers = {str(k): str(v) for k, v in lowering.items()}
+        return Policy(layers.pop("*", "auto"), layers, strict, bound)
     raise InputError(f'lowering must be "auto", a key or {{layer: key}}, got {type(lowering).__name__}')
 
 
@@ -85,11 +94,10 @@ def _candidate(lowering: Lowering, problem: Problem, machine: Machine, max_works
         return Candidate(lowering, reason)
     tile = tile_for(lowering, problem, machine)
     cost = lowering.cost(problem, tile)
-    scratch = cost.scratch(machine.cores)
+    scratch, over = cost.scratch(machine.cores), None
     if max_workspace is not None and scratch > max_workspace:
-        found = Reason(f"needs {scratch} bytes of workspace, the bound is {max_workspace}")
-        return Candidate(lowering, found, tile, cost)
-    return Candidate(lowering, None, tile, cost, modelled_time(lowering, problem, machine, tile, cost))
+        over = Reason(f"needs {scratch} bytes of workspace, the bound is {max_workspace}")
+    return Candidate(lowering, over, tile, cost, modelled_time(lowering, problem, machine, tile, cost))
 
 
 def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: Tile, cost: LoweringCost) -> float:
@@ -121,7 +129,8 @@ def choose(layer: str, problem: Problem, machine: Machine, policy: Policy) -> Ch
     best = min(usable, key=lambda c: c.cycles)
     key = policy.key_for(layer)
     if key == "auto":
-        return _choice(best, f"least modelled time of {len(usable)} that apply")
+        why = f"least modelled time of {len(usable)} that apply"
+        return _choice(best, why + _removed_by_bound(candidates, best, machine))
     asked = next(c for c in candidates if c.lowering.key == key)
     if asked.reason is None:
         return _choice(asked, "as asked")
@@ -131,6 +140,16 @@ def choose(layer: str, problem: Problem, machine: Machine, policy: Policy) -> Ch
             f"choose one of {', '.join(c.lowering.key for c in usable)}, or drop --strict"
         )
     return _choice(best, f"{key} does not apply: {asked.reason}")
+
+
+def _removed_by_bound(candidates: list[Candidate], best: Candidate, machine: Machine) -> str:
+    """Which lowering the workspace bound took away that would have been better than `best`, as the end of a reason."""
+    out = [c for c in candidates if c.reason is not None and c.cost is not None and c.cycles < best.cycles]
+    if not out:
+        return ""
+    lost = min(out, key=lambda c: c.cycles)
+    assert lost.cost is not None
+    return f"; {lost.lowering.key} needs {size(lost.cost.scratch(machine.cores))}, above the bound"
 
 
 def _choice(candidate: Candidate, why: str) -> Choice:

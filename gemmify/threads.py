@@ -22,21 +22,41 @@ from .errors import CheckError, GemmifyError, IncompatibleError, InputError, Uns
 
 SHARE_ALL_CORES = -3  # threading::ThreadGroup::kSpecifyThreadShareAllCore
 # TVM keeps one pool for each thread that calls it, of a size fixed at its first use; this remembers how many of the
-# pool's workers the calling thread was last told to use.
+# pool's workers the calling thread was last told to use, and the process that they belong to.
 _pool = threading.local()
 
 
 def default_threads() -> int:
-    """TVM_NUM_THREADS where the user set it, else the physical cores that affinity and the control group allow."""
+    """TVM_NUM_THREADS where the user set it (at most `most_threads`), else the physical cores that affinity and the
+    control group allow."""
     asked = os.environ.get("TVM_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else host.physical_cores()
+    return min(int(asked), most_threads()) if asked.isdigit() and int(asked) > 0 else host.physical_cores()
+
+
+def most_threads() -> int:
+    """The most threads that can be asked for: the CPUs that this process may use. A pool's waiting threads poll, so
+    that one larger than that takes minutes to do, and to end, what takes milliseconds."""
+    return max(1, host.usable_cpus())
 
 
 def check_threads(threads: Any) -> int:
     """`threads` where it is a usable count; InputError otherwise."""
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
+    if threads > (most := most_threads()):
+        raise InputError(
+            f"{threads} threads were asked for, but this process may use {most} CPUs; ask for {most} or fewer"
+        )
     return threads
+
+
+def check_fork() -> None:
+    """GemmifyError where the calling thread's pool was left behind in the parent by a fork: a run would never end."""
+    if getattr(_pool, "process", os.getpid()) != os.getpid():
+        raise GemmifyError(
+            "this process was forked after TVM's threads had started, and they did not come along; start it with "
+            "multiprocessing's spawn method, or load and run the network only in the child"
+        )
 
 
 @contextlib.contextmanager
@@ -119,13 +139,16 @@ def use_threads(threads: int) -> int:
     """Let the calling Python thread's pool use `threads` workers; returns the number that it really uses.
 
     The pool's size is fixed the first time, at `threads` or at the CPUs that the process may use, whichever is more.
-    Workers are not pinned, unless the user set TVM_BIND_THREADS=1.
+    Workers are not pinned, unless the user set TVM_BIND_THREADS=1. Raises GemmifyError in a forked process whose
+    parent started the pool.
     """
+    check_fork()
     if getattr(_pool, "asked", None) != threads:
         tvm = import_tvm()
         cpus = sorted(host.allowed_cpus())
         # The length of this list is what TVM takes as the size of a new pool; the list itself matters for pinning only.
-        places = [str(cpus[i % len(cpus)]) for i in range(max(threads, len(cpus)))]
+        places = [str(cpus[i % len(cpus)]) for i in range(max(threads, most_threads()))]
+        _pool.process = os.getpid()
         with _environment(TVM_BIND_THREADS="0"):
             tvm.get_global_func("runtime.config_threadpool")(SHARE_ALL_CORES, threads, places)
             _pool.used = int(tvm.get_global_func("runtime.NumThreads")())

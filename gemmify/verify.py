@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
+from .manifest import Manifest
 
 TOLERANCE = 1e-4
 """Largest error that is accepted, as a share of the reference's largest absolute value."""
@@ -85,12 +86,22 @@ def _run_onnxruntime(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, 
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
+def _program(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.export.load(str(path))
+    except Exception as err:  # torch raises RuntimeError, KeyError, zipfile errors ...
+        said = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        raise InputError(f"{path} is not a program that torch.export.save wrote: {said}") from err
+
+
 def _run_torch(path: Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     if importlib.util.find_spec("torch") is None:
         raise InputError(f"verifying {path} needs PyTorch, which is not installed; `pip install gemmify[torch]`")
     import torch
 
-    module = torch.export.load(str(path)).module().double()
+    module = _program(path).module().double()
     tensors = [torch.from_numpy(v) for v in inputs.values()]
     with torch.no_grad():
         result = module(*(t.double() if t.is_floating_point() else t for t in tensors))
@@ -117,6 +128,97 @@ def onnx_model(model: Any) -> Any:
     return zoo.build(str(model)) if isinstance(model, str) and model in zoo.ZOO else None
 
 
+Interface = list[tuple[str, list[int | str] | None]]
+"""Names and dimensions of inputs or outputs; a dimension that is open has a name, or None stands for all of them."""
+
+
+def interface(model: Any) -> tuple[Interface, Interface] | None:
+    """The inputs and the outputs that the ONNX or `.pt2` model `model` declares; None where it is neither."""
+    path = Path(str(model))
+    if path.suffix == ".pt2":
+        return _interface_of_program(path)
+    proto = onnx_model(model)
+    if proto is None:
+        return None
+    weights = {t.name for t in proto.graph.initializer} | {t.values.name for t in proto.graph.sparse_initializer}
+
+    def specs(values: Any) -> Interface:
+        return [(v.name, _dims(v.type.tensor_type)) for v in values]
+
+    return specs(i for i in proto.graph.input if i.name not in weights), specs(proto.graph.output)
+
+
+def _dims(tensor: Any) -> list[int | str] | None:
+    if not tensor.HasField("shape"):
+        return None
+    return [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim]
+
+
+def _interface_of_program(path: Path) -> tuple[Interface, Interface] | None:
+    if importlib.util.find_spec("torch") is None or not path.is_file():
+        return None
+    program = _program(path)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+
+    def specs(names: Any) -> Interface:
+        shapes = [getattr(values.get(name), "shape", None) for name in names]
+        dims = [None if s is None else [d if isinstance(d, int) else "?" for d in s] for s in shapes]
+        return list(zip(map(str, names), dims, strict=True))
+
+    return specs(program.graph_signature.user_inputs), specs(program.graph_signature.user_outputs)
+
+
+def check_same_model(model: Any, manifest: Manifest, library: str) -> None:
+    """InputError, with both sides, where `library` cannot have been made from `model`: other inputs or outputs.
+
+    The batch (the first dimension) may differ: it can be chosen when the model is compiled.
+    """
+    declared = interface(model)
+    if declared is None:
+        return
+    named = Path(str(model)).suffix != ".pt2"  # the names in a program of PyTorch's are not those of its tensors
+    for kind, wanted, found in zip(("inputs", "outputs"), declared, (manifest.inputs, manifest.outputs), strict=True):
+        shapes = {s.name if named else str(i): s.shape for i, s in enumerate(found)}
+        dims_of = {name if named else str(i): dims for i, (name, dims) in enumerate(wanted)}
+        if set(shapes) != set(dims_of) or not all(_dims_fit(dims_of[key], shapes[key]) for key in shapes):
+            open_or = {name: "?" if dims is None else "x".join(map(str, dims)) or "scalar" for name, dims in wanted}
+            said = ", ".join(f"{name}: {dims}" for name, dims in open_or.items())
+            has = ", ".join(f"{s.name}: {'x'.join(map(str, s.shape)) or 'scalar'}" for s in found)
+            raise InputError(
+                f"{library} was not made from {model}: the model's {kind} are {said or 'none'}, the library's are "
+                f"{has or 'none'}; give the model that it was made from"
+            )
+
+
+def _dims_fit(dims: list[int | str] | None, shape: Sequence[int]) -> bool:
+    if dims is None:
+        return True
+    pairs = zip(dims[1:], shape[1:], strict=False)
+    return len(dims) == len(shape) and all(have == want for want, have in pairs if isinstance(want, int))
+
+
+def _of_batch(model: Any, inputs: Mapping[str, np.ndarray]) -> Any:
+    """The ONNX `model` with the input shapes of `inputs`, where it fixes others: an engine would refuse them."""
+    import onnx
+
+    def fixed_otherwise(value: Any) -> list[tuple[Any, int]]:
+        dims = value.type.tensor_type.shape.dim
+        pairs = zip(dims, np.shape(inputs.get(value.name, 0)), strict=False)
+        return [(dim, size) for dim, size in pairs if dim.dim_value > 0 and dim.dim_value != size]
+
+    if not any(fixed_otherwise(value) for value in model.graph.input):
+        return model  # not copied: a model can be large
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in copy.graph.input:
+        for dim, size in fixed_otherwise(value):
+            dim.dim_value = size
+    del copy.graph.value_info[:]  # the shapes that followed from the old ones
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return copy
+
+
 def reference_outputs(
     model: Any, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], engine: str = "auto"
 ) -> tuple[list[np.ndarray], str]:
@@ -135,6 +237,7 @@ def reference_outputs(
     installed = importlib.util.find_spec("onnxruntime") is not None
     if engine == "onnxruntime" and not installed:
         raise InputError("ONNX Runtime is not installed; `pip install gemmify[peers]`, or use --reference float64")
+    proto = _of_batch(proto, inputs)
     use_runtime = installed if engine == "auto" else engine == "onnxruntime"
     results = _run_onnxruntime(proto, inputs) if use_runtime else _run_float64(proto, inputs)
     return _ordered(results, outputs), "onnxruntime" if use_runtime else "float64"

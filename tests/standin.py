@@ -12,11 +12,13 @@ import numpy as np
 import tvm
 from tvm import relax, te
 
+from gemmify.host import usable_cpus
 from gemmify.manifest import Manifest, TensorSpec
 from gemmify.runtime import Model
 
 ROWS, WIDTH = 8, 64
 TARGET = {"kind": "llvm"}
+THREADS = min(2, usable_cpus())  # more than the CPUs of this process are refused
 
 
 def weight(width: int = WIDTH) -> np.ndarray:
@@ -53,7 +55,7 @@ def module(rows: int = ROWS, width: int = WIDTH) -> tvm.IRModule:
 
 
 @functools.lru_cache
-def compiled(rows: int = ROWS, width: int = WIDTH, threads: int = 2) -> tuple[Any, Manifest]:
+def compiled(rows: int = ROWS, width: int = WIDTH, threads: int = THREADS) -> tuple[Any, Manifest]:
     """The executable and its manifest."""
     target = tvm.target.Target(TARGET)
     executable = relax.build(module(rows, width), target)
@@ -78,7 +80,7 @@ def compiled(rows: int = ROWS, width: int = WIDTH, threads: int = 2) -> tuple[An
     return executable, manifest
 
 
-def model(threads: int = 2) -> Model:
+def model(threads: int = THREADS) -> Model:
     executable, manifest = compiled()
     return Model(manifest, threads, executable=executable)
 

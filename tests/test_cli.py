@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import gemmify
 from gemmify import cli, verify
 from gemmify.commands import run as run_command
+from gemmify.manifest import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,6 +116,22 @@ def test_run_reads_and_writes_numpy_files(standin_library, tmp_path):
     assert not list(tmp_path.glob(".gemmify-*"))
 
 
+def test_random_inputs_by_name_and_for_the_rest(tmp_path):
+    specs = [TensorSpec("a", (2,), "float32"), TensorSpec("b", (3,), "float32")]
+    drawn = gemmify.runtime.random_inputs(specs, 4)
+    np.save(tmp_path / "a.npy", np.ones(2, np.float32))
+    both = [f"a={tmp_path / 'a.npy'}", "b=random"]
+    for given, ones in (
+        (["random"], False),
+        (["a=random", "b=random"], False),
+        (both, True),
+        ([both[0], "random"], True),
+    ):
+        found = run_command.read_inputs(given, specs, 4)
+        assert np.array_equal(found["b"], drawn["b"])
+        assert np.array_equal(found["a"], np.ones(2) if ones else drawn["a"])
+
+
 def test_outputs_of_any_name_are_written(tmp_path):
     arrays = {"file": np.ones(2), "a/b:0": np.zeros((0, 3), np.float32), "s": np.float32(3)}
     run_command.write_npz(str(tmp_path / "y.npz"), arrays)
@@ -158,6 +175,14 @@ def test_run_in_a_process_of_its_own_imports_no_model_reader(standin_library):
         (["compile", "x.onnx", "--shape", "data=1,0"], ["NAME=SIZES"]),
         (["compile", "x.onnx", "--lowering", "a=im2col,b"], ["'b' is not LAYER=KEY"]),
         (["compile", "x.onnx", "--max-workspace", "lots"], ["number of bytes"]),
+        (["compile", "x.onnx", "--lowering", "a=im2col,a=direct"], ["layer a is given both im2col and direct"]),
+        (["compile", "x.onnx", "--lowering", "a=im2col", "--lowering", "a=direct"], ["layer a both im2col and direct"]),
+        (["compile", "x.onnx", "--lowering", "im2col", "--lowering", "direct"], ["every layer both im2col and direct"]),
+        (["compile", "squeezenet", "--threads", "9999"], ["9999 threads", "may use", "or fewer"]),
+        (["plan", "squeezenet", "--threads", "9999"], ["9999 threads"]),
+        (["verify", "squeezenet", "--threads", "9999"], ["9999 threads"]),
+        (["bench", "squeezenet", "--threads", "9999"], ["9999 threads"]),
+        (["bench", "--suite", "gemm", "--quick", "--threads", "9999"], ["9999 threads"]),
         (["run", "nothing.so"], ["there is no file nothing.so"]),
         (["bench"], ["either MODELs or --suite"]),
         (["verify", "tiny.onnx", "tiny.so", "--lowering", "im2col"], ["either a library or lowering"]),
@@ -175,6 +200,9 @@ def test_wrong_inputs(standin_library, tmp_path, capfd):
     fails(capfd, ["run", library, "--input", f"data={tmp_path / 'bad.npy'}"], 2, "cannot read", "numpy.save")
     fails(capfd, ["run", library, "--input", f"other={tmp_path / 'x.npy'}"], 2, "unknown input other")
     fails(capfd, ["run", library, "--input", str(tmp_path / "x.npy")], 2, "must have shape (1, 8, 64), got (2, 2)")
+    fails(capfd, ["run", library, "--input", "data="], 2, "'data=' lacks a name or a file", "NAME=random")
+    fails(capfd, ["run", library, "--input", "dta=random"], 2, "unknown input dta", "data: 1x8x64 float32")
+    fails(capfd, ["run", library, "--threads", "9999"], 2, "9999 threads")
     fails(capfd, ["run", library, "--strict"], 2, "compiled already")
     fails(capfd, ["run", library, "--output", str(tmp_path / "no" / "y.npz")], 2, "there is no folder")
 
@@ -234,6 +262,7 @@ def test_compile_writes_a_library_and_says_what_became_of_each_layer(tiny, tmp_p
     assert cli.main(["compile", str(tiny), "-o", str(out), "--json", str(tmp_path / "r.json")]) == 0
     said, err = capfd.readouterr()
     assert "stem" in said and "fc" in said and f"wrote {out}" in said and "memory: weights" in said
+    assert " (in the arena), outputs " in said and " (scratch inside kernels); at most " in said
     assert [line.split()[0] for line in err.splitlines()][-1] == "export", "progress by stage on stderr"
     result = json.loads((tmp_path / "r.json").read_text())
     assert {layer["name"] for layer in result["layers"]} == {"stem", "fc"}
@@ -248,6 +277,10 @@ def test_compile_takes_a_lowering_and_refuses_unknown_ones(tiny, tmp_path, capfd
     assert cli.main(["compile", str(tiny), "-o", out, "--lowering", "stem=im2row", "--json", "-"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert {layer["name"]: layer["lowering"] for layer in result["layers"]}["stem"] == "im2row"
+    several = ["--lowering", "fc=dense", "--lowering", "im2col", "--max-workspace", "10MiB"]
+    assert cli.main(["compile", str(tiny), "-o", out, *several, "--json", "-"]) == 0
+    layers = json.loads(capfd.readouterr().out)["layers"]
+    assert {layer["name"]: layer["lowering"] for layer in layers} == {"stem": "im2col", "fc": "dense"}
     fails(capfd, ["compile", str(tiny), "-o", out, "--lowering", "im2pony"], 2, "im2pony", "im2row")
     fails(capfd, ["compile", str(tiny), "-o", out, "--lowering", "stern=im2row"], 2, "stern", "stem")
     fails(capfd, ["compile", str(tiny), "-o", str(tmp_path / "no" / "t.so")], 2, "there is no folder")
@@ -279,10 +312,97 @@ def test_verify_fails_where_the_numbers_differ(tiny, tiny_library, tmp_path, cap
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), "w2"))
     onnx.save(changed, str(tmp_path / "changed.onnx"))
     words = ["verify", str(tmp_path / "changed.onnx"), str(tiny_library), "--reference", "float64"]
-    fails(capfd, words, 1, "does not agree with float64", "scores: relative error")
+    fails(capfd, words, 1, "does not agree with float64", "scores: relative error", "was made from tiny")
     fails(capfd, [*words[:3], "--reference", "oracle"], 2, "'oracle' is unknown")
     fails(capfd, ["verify", "none.onnx", str(tiny_library)], 2, "there is no file none.onnx")
     fails(capfd, ["verify", "small.txt", str(tiny_library)], 2, "has no reference")
+
+
+def test_verify_refuses_a_library_of_another_model(tiny, tiny_library, standin_library, tmp_path, capfd):
+    fails(capfd, ["verify", str(tiny), str(standin_library)], 2, "inputs are data: 1x4x10x9", "data: 1x8x64")
+    for change, side in (
+        ("scores", "outputs are logits: 1x5, the library's are scores: 1x5"),
+        ("data", "inputs are logits"),
+    ):
+        renamed = make_onnx()
+        for node in renamed.graph.node:
+            for names in (node.input, node.output):
+                for i in [i for i, name in enumerate(names) if name == change]:
+                    names[i] = "logits"
+        for value in [*renamed.graph.input, *renamed.graph.output]:
+            value.name = "logits" if value.name == change else value.name
+        onnx.save(renamed, str(tmp_path / "renamed.onnx"))
+        fails(capfd, ["verify", str(tmp_path / "renamed.onnx"), str(tiny_library)], 2, "was not made from", side)
+
+
+def test_verify_takes_another_batch(tiny, tmp_path, capfd):
+    out = str(tmp_path / "batch.so")
+    assert cli.main(["compile", str(tiny), "-o", out, "--shape", "data=2,4,10,9"]) == 0
+    for reference in ("auto", "float64"):
+        assert cli.main(["verify", str(tiny), out, "--reference", reference]) == 0
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_layers_are_refused_in_words(tmp_path, capfd, dtype):
+    elem = getattr(TensorProto, dtype.upper())
+    weight = helper.make_tensor("w", elem, [4, 2, 3, 3], np.ones(72))
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], name="stem")],
+        "half",
+        [helper.make_tensor_value_info("x", elem, [1, 2, 5, 5])],
+        [helper.make_tensor_value_info("y", elem, [1, 4, 3, 3])],
+        [weight],
+    )
+    path = tmp_path / "half.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10), str(path))
+    for verb in ("plan", "verify"):
+        fails(capfd, [verb, str(path), *(["-o", str(tmp_path / "p.json")] if verb == "plan" else [])], 2,
+              f"layer stem computes in {dtype}", "float32 and float64")  # fmt: skip
+
+
+def test_the_reason_names_what_the_workspace_bound_removed(tmp_path):
+    from gemmify.pipeline import plan_model
+    from gemmify.select import make_policy
+
+    free = plan_model("squeezenet").layers
+    bound = plan_model("squeezenet", max_workspace="0KiB").layers
+    changed = [(a, b) for a, b in zip(free, bound, strict=True) if a["lowering"] != b["lowering"]]
+    assert changed, "some layer takes workspace where it may"
+    for before, after in changed:
+        assert f"; {before['lowering']} needs " in after["reason"] and "above the bound" in after["reason"]
+    assert all("bound" not in layer["reason"] for layer in free)
+    assert make_policy("auto", False, "64KiB").max_workspace == 65536
+    for wrong in ("many", 1.5, True, b"1"):
+        with pytest.raises(gemmify.InputError, match=r"max_workspace: .* is not a number of bytes"):
+            make_policy("auto", False, wrong)
+
+
+# --- where nothing can be written ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("inspect {lib} > /dev/full", "cannot write to the standard output: No space left on device"),
+        ("inspect {lib} --json - > /dev/full", "cannot write to the standard output"),
+        ("--version > /dev/full", "cannot write to the standard output"),
+        ("inspect {lib} >&-", "the standard output is closed"),
+    ],
+)
+def test_a_standard_output_that_takes_nothing(standin_library, line, said):
+    command = f"{sys.executable} -m gemmify {line.format(lib=standin_library)}"
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and done.stderr.startswith(f"gemmify: error: {said}"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_under_the_dump(tiny, tmp_path, capfd):
+    (tmp_path / "1_imported.py").symlink_to("/dev/full")
+    words = ["compile", str(tiny), "-o", str(tmp_path / "t.so"), "--dump", str(tmp_path)]
+    fails(capfd, words, 1, f"cannot dump into {tmp_path}: No space left on device")
 
 
 def test_the_float64_reference_is_in_float64():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
 import re
 import struct
 import subprocess
@@ -68,6 +70,9 @@ X = standin.data()
         ({"data": X.reshape(8, 64)}, ["got (8, 64)", "reshape or transpose"]),
         ({"data": X.astype(np.float64)}, ["must be float32, got float64", "astype('float32')"]),
         ({"data": "text"}, ["must be float32"]),
+        (None, ["got NoneType", "the model takes data: 1x8x64 float32"]),
+        (3, ["list of arrays, got int"]),
+        ({1: X}, ["unknown input 1 and missing input data"]),
     ],
 )
 def test_inputs_that_do_not_fit(model, inputs, parts):
@@ -82,10 +87,39 @@ def test_thread_counts(model, library, threads):
             call()
 
 
-def test_more_threads_than_the_pool_has(model):
+def test_more_threads_than_cpus(model, library):
+    most = host.usable_cpus()
+    for call in (
+        lambda: model.set_threads(most + 1),
+        lambda: gemmify.load(library, most + 1),
+        lambda: gemmify.compile("no such model", threads=most + 1),
+    ):
+        with refused(InputError, f"{most + 1} threads", f"may use {most} CPUs"):
+            call()
+    assert model.threads == standin.THREADS
+
+
+def test_more_threads_than_the_pool_has(model, monkeypatch):
+    monkeypatch.setattr(host, "usable_cpus", lambda: 1000)
     with refused(InputError, "1000 threads", "TVM_NUM_THREADS=1000"):
         model.set_threads(1000)
-    assert model.threads == 2
+    assert model.threads == standin.THREADS
+
+
+def test_calls_of_the_wrong_kind(model):
+    with refused(InputError, "the destination must be the path of a file, got None"):
+        model.export(None)
+    with refused(InputError, "must be given as the path of a file, got 3"):
+        gemmify.load(3)
+    with refused(InputError, "the target must be text", "got 3"):
+        gemmify.compile("squeezenet", target=3)
+    for act in (pickle.dumps, copy.copy, copy.deepcopy):
+        with refused(TypeError, "cannot be pickled or copied", "gemmify.load"):
+            act(model)
+    said = f"1 layers, {model.threads} threads>"
+    assert (
+        repr(model) == f"<gemmify.Model standin: data: 1x8x64 float32 -> {', '.join(map(str, model.outputs))}; {said}"
+    )
 
 
 @pytest.mark.parametrize("repeat, warmup", [(0, 0), (1, -1)])

@@ -244,7 +244,10 @@ def test_a_dimension_named_twice_is_given_once() -> None:
     [
         ({"y": (1, 3)}, r"'y', which is not an input of the model \(its inputs: a, b\)"),
         ({"a": (2,)}, r"input 'a' has 2 dimensions \[2,3\], but the shape given has 1: \[2\]"),
-        ({"a": (2, 4)}, r"fixed shape \[2,3\], which contradicts the shape given, \[2,4\]"),
+        (
+            {"a": (2, 4)},
+            r"has the shape \[2,3\], and the shape given, \[2,4\], contradicts it: dimension 1 is fixed at 3",
+        ),
         ({"a": (2, 0)}, "must be whole numbers of at least 1"),
         ({"a": (2, 1.5)}, "must be whole numbers of at least 1"),
         ({"a": "23"}, "must be whole numbers of at least 1"),

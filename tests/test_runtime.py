@@ -102,6 +102,24 @@ def test_a_failed_export_keeps_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["net.so"]
 
 
+@pytest.mark.parametrize(
+    "said, advice, other",
+    [
+        ("ld: final link failed: No space left on device", "free disk space", "install"),
+        ("cc: error: unknown architecture", "set CXX to a compiler", "disk"),
+    ],
+)
+def test_the_advice_fits_what_the_linker_said(tmp_path, monkeypatch, said, advice, other):
+    linker = tmp_path / "cc"
+    linker.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    linker.chmod(0o755)
+    monkeypatch.setenv("CXX", str(linker))
+    with pytest.raises(gemmify.GemmifyError) as caught:
+        standin.model().export(tmp_path / "net.so")
+    told = str(caught.value)
+    assert f"cannot link net.so: {said}; " in told and advice in told and other not in told.split("; ", 1)[1]
+
+
 def test_linking_without_a_compiler_uses_the_bare_linker(tmp_path, monkeypatch):
     import shutil
 
@@ -210,10 +228,38 @@ def test_an_affinity_mask_is_kept(big_library):
     assert (used, active, same) == ("1", "1", "True")
 
 
+def test_a_forked_process_is_told_why_it_cannot_run(library):
+    code = """
+import os, sys, gemmify, numpy as np
+model = gemmify.load(sys.argv[1])
+x = np.zeros((1, 8, 64), np.float32)
+def child(act):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            act()
+            os.write(write, b"ran")
+        except gemmify.GemmifyError as err:
+            os.write(write, str(err).encode())
+        os._exit(0)
+    os.wait()
+    return os.read(read, 1000).decode()
+print(child(lambda: model.run({"data": x})))
+model.run({"data": x})
+print(child(lambda: model.run({"data": x})))
+print(child(lambda: model.time()))
+print(child(lambda: gemmify.load(sys.argv[1], threads=1)))
+model.run({"data": x})
+"""
+    before, *after = python(code, str(library)).splitlines()
+    assert before == "ran", "nothing had started"
+    assert len(after) == 3 and all(a.startswith("this process was forked after") and "spawn" in a for a in after)
+
+
 def test_the_users_thread_count_is_the_default(library):
     code = "import sys, gemmify; print(gemmify.load(sys.argv[1]).threads)"
     assert python(code, str(library), TVM_NUM_THREADS="1").strip() == "1"
-    assert python(code, str(library), TVM_NUM_THREADS="3").strip() == "3"
+    assert python(code, str(library), TVM_NUM_THREADS="999").strip() == str(host.usable_cpus())
 
 
 def test_physical_cores_counts_cores_not_hyperthreads(tmp_path):

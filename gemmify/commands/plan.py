@@ -15,11 +15,13 @@ def execute(model: str, output: str | None, options: dict[str, Any]) -> dict[str
 
     `output` is MODEL's stem + .plan.json where it is not given. Returns {output, model, plan, layers}.
     """
-    from ..threads import import_tvm
+    from ..threads import check_threads, import_tvm
 
     if output == "-":
         raise InputError("-o takes the name of a file; --json - prints the plan on the standard output")
     place = check_destination(output or Path(model).stem + ".plan.json")
+    if options.get("threads") is not None:
+        check_threads(options["threads"])
     import_tvm(compiler=True)
     from ..pipeline import plan_model
 

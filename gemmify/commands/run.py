@@ -30,7 +30,8 @@ def execute(
 ) -> dict[str, Any]:
     """Run a library, or a model that is compiled first, and describe its outputs.
 
-    `inputs` are `name=file.npy`, `file.npy` (a model of one input), `file.npz`, or "random" (the default). `output`
+    `inputs` are `name=file.npy`, `file.npy` (a model of one input), `file.npz`, `name=random`, or "random" (the
+    default: every input that no other names). `output`
     takes an .npz of all outputs. Returns {model, threads, outputs: [{name, shape, dtype, min, max, mean, argmax}],
     seconds: [...], median_seconds}.
     """
@@ -66,12 +67,18 @@ def open_model(model: str, threads: int | None = None, options: Mapping[str, Any
 def read_inputs(inputs: Sequence[str], specs: Sequence[TensorSpec], seed: int) -> dict[str, np.ndarray]:
     """The arrays that the `--input` arguments name, or random ones; InputError for an unusable file or name."""
     given = [text for text in inputs if text != "random"]
-    if not given:
-        return random_inputs(specs, seed)
-    arrays: dict[str, np.ndarray] = {}
+    drawn = random_inputs(specs, seed)
+    arrays: dict[str, np.ndarray] = dict(drawn) if len(given) < len(inputs) or not inputs else {}
     for text in given:
         # A name may hold "=", and a path too; a file of that whole name wins.
         name, equals, path = ("", "", text) if Path(text).is_file() else text.rpartition("=")
+        if not path or (equals and not name):
+            raise InputError(f"--input {text!r} lacks a name or a file; write NAME=FILE.npy, NAME=random or FILE.npz")
+        if equals and path == "random":
+            if name not in drawn:
+                raise InputError(f"unknown input {name}; the model takes {', '.join(map(str, specs)) or 'none'}")
+            arrays[name] = drawn[name]
+            continue
         content = _read(Path(path))
         if isinstance(content, dict):
             arrays.update(content)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .. import report
 from ..errors import CheckError, InputError
 from ..runtime import random_inputs
-from ..verify import TOLERANCE, compare, reference_outputs
+from ..threads import check_threads
+from ..verify import TOLERANCE, check_same_model, compare, reference_outputs
 from .run import open_model
 
 
@@ -24,17 +26,30 @@ def execute(
 ) -> dict[str, Any]:
     """Compare `library` (or `model` compiled with `options`) with an independent engine on seeded random inputs.
 
-    Returns {model, reference, seed, holds, outputs: [{name, relative_error, max_abs_error, ..., holds}]}.
+    Returns {model, made_from (by the library's own word), reference, seed, holds, outputs: [{name, relative_error,
+    max_abs_error, ..., holds}]}.
     """
     if library is not None and options:
         raise InputError(f"{library} is compiled already; give either a library or {', '.join(sorted(options))}")
+    if threads is not None:
+        check_threads(threads)
     network = open_model(library or model, threads, options)
+    if library is not None:
+        check_same_model(model, network.manifest, library)
     inputs = random_inputs(network.inputs, seed)
     names = [spec.name for spec in network.outputs]
     want, engine = reference_outputs(model, inputs, names, reference)
     rows = compare(names, network.run(inputs), want, tolerance)
     holds = all(row["holds"] for row in rows)
-    return {"model": model, "reference": engine, "seed": seed, "holds": holds, "outputs": rows}
+    made_from = network.manifest.model
+    return {
+        "model": model,
+        "made_from": made_from,
+        "reference": engine,
+        "seed": seed,
+        "holds": holds,
+        "outputs": rows,
+    }
 
 
 def check(result: dict[str, Any]) -> None:
@@ -42,6 +57,8 @@ def check(result: dict[str, Any]) -> None:
     failed = [row for row in result["outputs"] if not row["holds"]]
     if failed:
         what = "; ".join(f"{row['name']}: {row['why']}" for row in failed)
+        if result["made_from"] != Path(result["model"]).stem:
+            what += f"; the library says that it was made from {result['made_from']}"
         raise CheckError(f"{result['model']} does not agree with {result['reference']} (seed {result['seed']}): {what}")
 
 
