@@ -242,6 +242,8 @@ def test_a_signal_while_compiling_leaves_no_file(tmp_path, sent):
     process = subprocess.Popen(
         [sys.executable, "-m", "gemmify", "compile", str(tmp_path / "tiny.onnx"), "-o", str(out / "tiny.so")],
         env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for _ in range(600):
         if (tmp_path / "linking").exists() or process.poll() is not None:
