@@ -19,6 +19,7 @@ from lowering import ConvProblem, Lowering
 from lowering.base import output_shape
 from lowering.graph._rewrite import Emitter, Graph, substitute
 from lowering.graph.epilogue import LayerSite, describe_layer
+from lowering.graph.gather_epilogues import LAYER_ATTR
 from schedules import Machine
 
 from .errors import InputError, UnsupportedError
@@ -26,7 +27,6 @@ from .fold import evaluate
 from .kernels import Kernel, LayerKernels, layer_kernels
 from .select import Choice, Policy, choose
 
-LAYER_ATTR = "gemmify.layer"
 _DTYPES = ("float32", "float64")
 
 
@@ -56,7 +56,7 @@ def lower_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> tuple[t
     return rewriter.run(), rewriter.layers
 
 
-def _layer_functions(mod: tvm.IRModule) -> dict[str, relax.Function]:
+def layer_functions(mod: tvm.IRModule) -> dict[str, relax.Function]:
     """The functions of layers by name, in the order in which `main` calls them."""
     found = {
         gv.name_hint: func
@@ -76,7 +76,7 @@ def choose_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[s
     the model does not have; UnsupportedError for a layer in a dtype that is not compiled yet (float16, bfloat16).
     """
     chosen: dict[str, tuple[LayerSite, Choice]] = {}
-    for name, func in _layer_functions(mod).items():
+    for name, func in layer_functions(mod).items():
         site = describe_layer(func)
         if site is not None and site.problem.dtype not in _DTYPES:
             raise UnsupportedError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,30 +37,17 @@ def _of_model(model: str, shapes: Mapping[str, Sequence[int]] | None) -> dict[st
     from lowering.graph.epilogue import describe_layer
 
     from ..frontend import import_model
+    from ..lower import layer_functions
     from ..pipeline import lowering_graph
 
     imported = import_model(model, shapes)
-    sites = [describe_layer(func) for func in _layer_functions(lowering_graph(imported.mod))]
+    sites = [describe_layer(func) for func in layer_functions(lowering_graph(imported.mod)).values()]
     return {
         "model": imported.name,
         "inputs": [asdict(spec) for spec in imported.inputs],
         "outputs": [asdict(spec) for spec in imported.outputs],
         "layers": [_describe(site) for site in sites if site is not None],
     }
-
-
-def _layer_functions(mod: Any) -> Iterator[Any]:
-    """The functions of the layers that `main` calls, in the order of the calls."""
-    from tvm import ir, relax
-
-    from ..lower import LAYER_ATTR
-
-    for block in mod["main"].body.blocks:
-        for binding in block.bindings:
-            if isinstance(binding.value, relax.Call) and isinstance(binding.value.op, ir.GlobalVar):
-                function = mod[binding.value.op]
-                if function.attrs is not None and LAYER_ATTR in function.attrs:
-                    yield function
 
 
 def _describe(site: Any) -> dict[str, Any]:
