@@ -22,7 +22,7 @@ from tvm.target import Target
 from gemmify.errors import InputError
 from gemmify.host import cpu_flags, kernel_names
 from gemmify.threads import check_threads, use_threads
-from schedules.machine import Machine, TargetError, host_target, parse_target
+from schedules import Machine, TargetError, host_target, parse_target
 
 PEAK_DTYPES = ("float32", "float64")
 _PEAK_SECONDS = 0.004  # one timed call: long against the start of the threads, short against a scheduler's time slice

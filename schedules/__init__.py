@@ -1,7 +1,8 @@
 """Schedules: TIR -> scheduled TIR for one machine. Knows no convolution and imports nothing of `lowering`."""
 
 from schedules.cpu.rules import IS_SCHEDULED, schedule_func, schedule_module
-from schedules.machine import Machine, TargetError, host_target, parse_target
+from schedules.machine import Machine
+from schedules.target import TargetError, host_target, parse_target
 
 __all__ = [
     "IS_SCHEDULED",

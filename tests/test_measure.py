@@ -8,7 +8,7 @@ import tvm
 
 from gemmify import measure
 from gemmify.errors import InputError
-from schedules.machine import Machine, host_target
+from schedules import Machine, host_target
 
 
 def test_peak_kernel_computes_its_recurrence() -> None:

@@ -6,11 +6,12 @@ import ast
 from pathlib import Path
 
 import pytest
-from tvm.target import Target
+from tvm.target import Target, codegen
 
 import schedules
 from schedules import Machine, TargetError, host_target, parse_target
-from schedules.machine import hidden_features, host_caches, host_cores
+from schedules.host import host_caches, host_cores
+from schedules.target import hidden_features, name_by_features
 
 SCHEDULES = Path(schedules.__file__).parent
 
@@ -71,6 +72,22 @@ def test_a_gpu_target_carries_the_host_as_its_host() -> None:
 def test_what_the_hypervisor_hides_is_found() -> None:
     implied = frozenset({"avx512f", "avx2", "fast-lzcnt"})
     assert hidden_features(implied, {"avx512f": False, "avx2": True}) == ["avx512f"]
+
+
+@pytest.mark.parametrize(
+    ("detected", "beyond", "name"),
+    [
+        ("rocketlake", ("avx512fp16", "avx512bf16", "amx-tile", "amx-int8", "amx-bf16", "avxvnni"), "sapphirerapids"),
+        ("rocketlake", (), "rocketlake"),
+        ("znver4", (), "znver4"),
+    ],
+)
+def test_a_core_is_named_by_its_vector_instructions(detected: str, beyond: tuple[str, ...], name: str) -> None:
+    config = {"kind": "llvm", "mcpu": detected, "mtriple": "x86_64-linux-gnu"}
+    implied = [str(f) for f in codegen.llvm_get_cpu_features(Target(config))]
+    every = [str(f) for f in codegen.llvm_get_cpu_features(Target({**config, "mcpu": "graniterapids"}))]
+    present = {**dict.fromkeys(every, False), **dict.fromkeys((*implied, *beyond), True)}
+    assert name_by_features(config, present) == name
 
 
 def test_a_target_is_taken_as_it_is() -> None:
