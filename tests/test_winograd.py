@@ -13,7 +13,7 @@ from tvm import te, topi
 from gemmify.kernels import layer_kernels
 from gemmify.layer import compile_layer
 from gemmify.pipeline_build import kernel_workspace_bytes
-from lowering import LOWERINGS, conv2d
+from lowering import LOWERINGS, ConvProblem, conv2d
 from lowering.cook_toom import POINTS, transforms
 from schedules import Machine, parse_target, schedule_module
 
@@ -54,6 +54,34 @@ def test_scratch_in_the_kernel_is_the_formula(key: str, problem: object) -> None
         assert kernels.cost.workspace_bytes + sum(hidden.values()) == kernels.cost.scratch(threads)
 
 
+def line(size: int, kernel: int, c: int, m: int, **options: int) -> ConvProblem:
+    pad = (kernel // 2,)
+    return ConvProblem(options.get("n", 1), c, m, (size,), (kernel,), (1,), pad, pad, (1,), options.get("groups", 1))
+
+
+@pytest.mark.parametrize(
+    ("problem", "keys"),
+    [
+        (line(37, 3, 17, 20), KEYS),
+        (line(50, 5, 16, 33, n=2), KEYS[:2]),
+        (line(30, 7, 6, 8, groups=2), KEYS[:1]),
+        (ConvProblem(1, 8, 9, (12, 11), (1, 7), (1, 1), (0, 3), (0, 3), (1, 1)), KEYS[:1]),
+        (ConvProblem(1, 8, 9, (12, 11), (3, 5), (1, 1), (1, 2), (1, 0), (1, 1)), KEYS[:2]),
+        (ConvProblem(1, 12, 18, (5, 9, 8), (1, 3, 3), (1, 1, 1), (0, 1, 1), (0, 1, 1), (1, 1, 1), 2), KEYS),
+        (ConvProblem(1, 12, 17, (5, 9, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1)), KEYS[:1]),
+    ],
+    ids=lambda value: "x".join(map(str, value.kernel)) if isinstance(value, ConvProblem) else "",
+)
+def test_each_dimension_has_its_own_kernel(problem: ConvProblem, keys: list[str]) -> None:
+    assert [key for key in KEYS if LOWERINGS[key].applicable(problem) is None] == keys
+    data, weight = random_arrays(problem, 5)
+    want = reference(problem, data, weight)
+    for key in keys:
+        layer = compile_layer(problem, key, parse_target("llvm"), epilogue=())
+        assert layer.workspace_bytes == layer.kernels.cost.workspace_bytes
+        np.testing.assert_allclose(layer.run(data, weight), want, atol=2e-5 * np.abs(want).max())
+
+
 def test_error_grows_with_m_and_stays_small() -> None:
     problem = conv2d(64, 20, 20, 32, 3)
     data, weight = random_arrays(problem, 3)
@@ -71,7 +99,7 @@ def test_error_grows_with_m_and_stays_small() -> None:
     [
         (conv2d(8, 9, 9, 8, 3, 2), "needs stride 1, got 2x2"),
         (conv2d(8, 9, 9, 8, 3, d=2), "needs dilation 1, got 2x2"),
-        (conv2d(8, 9, 9, 8, 1), "needs a 3x3 kernel"),
+        (conv2d(8, 9, 9, 8, 1), "needs kernel sizes of 1, 3, 5 or 7, not all 1"),
         (conv2d(8, 9, 9, 8, 3, g=8), "more than one channel a group"),
     ],
 )

@@ -1,0 +1,261 @@
+"""The tensors of minimal filtering: tiling, transforms as one-dimensional passes, the GEMMs between them.
+
+Sizes come in tuples, one entry a spatial dimension; a dimension whose kernel is 1 passes through (`m = alpha = 1`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any
+
+from tvm import te, tirx
+
+from .base import Epilogue, Tile, ceil_div
+from .cook_toom import Matrix, Transforms, apply_row, terms, transforms
+from .problem import ConvProblem
+from .tile_gemm import AXES_ANNOTATION
+
+CHAIN_ANNOTATION = "gemmify.chain"
+BLOCK_ANNOTATION = "gemmify.block"
+ONCE_ANNOTATION = "gemmify.once"
+
+# The transformed tiles of one block should stay in a core's own cache.
+BLOCK_BYTES = 640 << 10
+BLOCK_TILES = 64
+# From this many blocks on, blocks alone keep the cores busy and the input transform is fused into them.
+FUSE_BLOCKS = 8
+FUSE_TILES = 12
+
+
+@dataclass(frozen=True)
+class Form:
+    """Sizes of one problem: `grid` tiles of `m` outputs an image, in blocks of `block` tiles; kernel `r`."""
+
+    m: tuple[int, ...]
+    r: tuple[int, ...]
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @property
+    def alpha(self) -> tuple[int, ...]:
+        return tuple(m + r - 1 for m, r in zip(self.m, self.r, strict=True))
+
+    @property
+    def positions(self) -> int:
+        """Positions in a tile, each a GEMM of its own: `alpha^2`."""
+        return prod(self.alpha)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a block: `Pb`."""
+        return prod(self.block)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(t // b for t, b in zip(self.grid, self.block, strict=True))
+
+    @property
+    def transforms(self) -> tuple[Transforms, ...]:
+        return tuple(transforms(m, r) for m, r in zip(self.m, self.r, strict=True))
+
+
+def tile_edge(problem: ConvProblem, m: int) -> tuple[int, ...]:
+    """Outputs of a tile in each dimension: `m`, or 1 where the kernel is 1."""
+    return tuple(m if k > 1 else 1 for k in problem.kernel)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@lru_cache(maxsize=1024)
+def form_of(problem: ConvProblem, m: int) -> Form:
+    """The tiling of `problem`, blocks never padded up.
+
+    The largest block within BLOCK_BYTES and BLOCK_TILES that leaves FUSE_BLOCKS blocks; where such blocks would be too
+    small for a register tile, the largest block that there is (the input is then transformed ahead of all blocks).
+    """
+    edge = tile_edge(problem, m)
+    grid = tuple(ceil_div(size, e) for size, e in zip(problem.out_size, edge, strict=True))
+    positions = prod(e + k - 1 for e, k in zip(edge, problem.kernel, strict=True))
+    limit = max(1, min(BLOCK_TILES, BLOCK_BYTES // (positions * problem.c * problem.element)))
+    blocks = [b for b in product(*map(_divisors, grid)) if prod(b) <= BLOCK_TILES]
+    fused = [b for b in blocks if prod(b) <= limit and problem.n * prod(grid) >= FUSE_BLOCKS * prod(b)]
+    fused = [b for b in fused if prod(b) >= FUSE_TILES]
+    block = max(fused or blocks, key=lambda b: (prod(b), *reversed(b)))
+    return Form(edge, problem.kernel, grid, block)
+
+
+def _unravel(position: Any, extents: Sequence[int]) -> list[Any]:
+    """The index of the row-major `position` in a box of `extents`, without superfluous divisions."""
+    index: list[Any] = []
+    for extent in reversed(extents[1:]):
+        index.insert(0, position % extent)
+        position = position // extent
+    return [position, *index]
+
+
+def transform_flops(form: Form, c: int, columns: int) -> int:
+    """Multiply-adds of the input's transform (`c` channels) and the output's (`columns`) of one tile."""
+    flops = 0
+    for d, t in enumerate(form.transforms):
+        if form.alpha[d] == 1:
+            continue
+        flops += terms(t.bt) * (form.positions // form.alpha[d]) * c
+        flops += terms(t.at) * prod(form.m[:d]) * prod(form.alpha[d + 1 :]) * columns
+    return flops
+
+
+Read = Callable[[tuple[Any, ...]], Any]
+"""An element by its whole index."""
+
+
+def _passes(
+    form: Form, matrices: Sequence[Matrix], lead: int, read: Read, store: Callable[[int, Read], Read], dtype: str
+) -> Read:
+    """Apply `matrices[d]` along axis `lead + d` of the index, one dimension after another.
+
+    `read` gives the elements that the first pass takes; every pass but the last goes through `store(d, element)`, which
+    makes a tensor of it. Returns the element of the last pass.
+    """
+    active = [d for d, (m, r) in enumerate(zip(form.m, form.r, strict=True)) if m > 1 or r > 1]
+    for d in active:
+        read = _one_pass(read, lead + d, matrices[d], dtype)
+        if d != active[-1]:
+            read = store(d, read)
+    return read
+
+
+def _one_pass(read: Read, axis: int, matrix: Matrix, dtype: str) -> Read:
+    def element(index: tuple[Any, ...]) -> Any:
+        return apply_row(index[axis], matrix, lambda s: read((*index[:axis], s, *index[axis + 1 :])), dtype)
+
+    return element
+
+
+def _stored(shape: Sequence[int], element: Read, name: str) -> Read:
+    tensor = te.compute(tuple(shape), lambda *index: element(index), name=name)
+    return lambda index: tensor(*index)
+
+
+def transform_weight(problem: ConvProblem, form: Form, tile: Tile, weight: te.Tensor) -> te.Tensor:
+    """`U = G g G^T`: `(M, *r, C)` to `[M/nr][*alpha][C][nr]`, zeros past the last channel."""
+    dims, dtype, c = problem.dims, problem.dtype, problem.c_group
+
+    def store(d: int, element: Read) -> Read:
+        sizes = (problem.m, *form.alpha[: d + 1], *form.r[d + 1 :], c)
+        return _stored(sizes, element, f"winograd_weight_{d}")
+
+    matrices = [t.g for t in form.transforms]
+    transformed = _passes(form, matrices, 1, lambda index: weight(*index), store, dtype)
+
+    def packed(p: Any, *index: Any) -> Any:
+        m = p * tile.nr + index[-1]
+        value = transformed((tirx.min(m, problem.m - 1), *index[:-1]))
+        return value if problem.m % tile.nr == 0 else tirx.Select(m < problem.m, value, tirx.const(0, dtype))
+
+    shape = (ceil_div(problem.m, tile.nr), *form.alpha, c, tile.nr)
+    attrs = {CHAIN_ANNOTATION: "o" + "u" * dims + "rv", ONCE_ANNOTATION: 1}
+    return te.compute(shape, packed, name="packed", attrs=attrs)
+
+
+def transform_input(problem: ConvProblem, form: Form, data: te.Tensor) -> te.Tensor:
+    """`V = B^T d B`: `[N][*blocks][*alpha][Pb][C]`, the tile read with clamped addresses and masked outside."""
+    dims, dtype = problem.dims, problem.dtype
+    lead = 2 + dims  # the index within a tile stands behind N, the block and the tile of the block
+
+    def gather(n: Any, *index: Any) -> Any:
+        block, q, at, channel = index[:dims], _unravel(index[dims], form.block), index[dims + 1 : -1], index[-1]
+        where = [
+            (b * size + t) * m + i - before
+            for b, size, t, m, i, before in zip(block, form.block, q, form.m, at, problem.pad_before, strict=True)
+        ]
+        clamped = [tirx.min(tirx.max(w, 0), size - 1) for w, size in zip(where, problem.size, strict=True)]
+        inside = [test for w, size in zip(where, problem.size, strict=True) for test in (w >= 0, w < size)]
+        return tirx.Select(tirx.all(*inside), data(n, *clamped, channel), tirx.const(0, dtype))
+
+    shape = (problem.n, *form.blocks, form.tiles, *form.alpha, problem.c)
+    tile = te.compute(shape, gather, name="winograd_tile")
+    transformed = _passes(
+        form,
+        [t.bt for t in form.transforms],
+        lead,
+        lambda index: tile(*index),
+        lambda d, element: _stored(shape, element, f"winograd_input_{d}"),
+        dtype,
+    )
+
+    def element(n: Any, *index: Any) -> Any:
+        block, at, q, channel = index[:dims], index[dims : 2 * dims], index[-2], index[-1]
+        return transformed((n, *block, q, *at, channel))
+
+    return te.compute(
+        (problem.n, *form.blocks, *form.alpha, form.tiles, problem.c),
+        element,
+        name="winograd_input",
+        attrs={CHAIN_ANNOTATION: "o" * (1 + dims) + "u" * dims + "rv"},
+    )
+
+
+def multiply(
+    problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue, v: te.Tensor, packed: te.Tensor
+) -> te.Tensor:
+    """The alpha^2 GEMMs of a block, a panel of channels at a time, and the inverse transform `Y = A^T M A`."""
+    dims, panels = problem.dims, ceil_div(problem.m, tile.nr)
+    k = te.reduce_axis((0, problem.c_group), name="k0")
+    per_group = problem.m_group // tile.nr
+
+    def element(*index: Any) -> Any:
+        at, p, (t, r, s) = index[: 1 + dims], index[1 + dims], index[-3:]
+        position = index[2 + dims : -3]
+        channel = k if problem.groups == 1 else p // per_group * problem.c_group + k
+        return te.sum(v(*at, *position, t * tile.mr + r, channel) * packed(p, *position, k, s), axis=k)
+
+    grid = (problem.n, *form.blocks, panels, *form.alpha)
+    acc = te.compute(
+        (*grid, form.tiles // tile.mr, tile.mr, tile.nr),
+        element,
+        name="gemm_acc",
+        attrs={AXES_ANNOTATION: "o" * (1 + dims) + "p" + "o" * dims + "tij"},
+    )
+    product = te.compute(
+        (*grid, form.tiles, tile.nr),
+        lambda *index: acc(*index[:-2], index[-2] // tile.mr, index[-2] % tile.mr, index[-1]),
+        name="winograd_product",
+    )
+    return _inverse(problem, form, tile, epilogue, product)
+
+
+def _inverse(problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue, product: te.Tensor) -> te.Tensor:
+    dims, panels = problem.dims, ceil_div(problem.m, tile.nr)
+
+    def of_block(index: tuple[Any, ...]) -> Any:
+        n, at, p, position, s = index[0], index[1 : 1 + dims], index[1 + dims], index[2 + dims : -1], index[-1]
+        q: Any = 0
+        for t, size in zip(at, form.block, strict=True):
+            q = q * size + t % size
+        return product(n, *(t // size for t, size in zip(at, form.block, strict=True)), p, *position, q, s)
+
+    def store(d: int, element: Read) -> Read:
+        sizes = (*form.m[: d + 1], *form.alpha[d + 1 :])
+        return _stored((problem.n, *form.grid, panels, *sizes, tile.nr), element, f"winograd_output_{d}")
+
+    outputs = _passes(form, [t.at for t in form.transforms], 2 + dims, of_block, store, problem.dtype)
+    tiles = te.compute(
+        (problem.n, *form.grid, panels, *form.m, tile.nr),
+        lambda *index: outputs(index),
+        name="winograd_output",
+        attrs={CHAIN_ANNOTATION: "o" + "b" * dims + "p" + "u" * dims + "v", BLOCK_ANNOTATION: list(form.block)},
+    )
+
+    def element(n: Any, *index: Any) -> Any:
+        out, ch = index[:-1], index[-1]
+        tile_of = [o // m for o, m in zip(out, form.m, strict=True)]
+        within = [o % m for o, m in zip(out, form.m, strict=True)]
+        return epilogue(tiles(n, *tile_of, ch // tile.nr, *within, ch % tile.nr), (n, *index))
+
+    return te.compute((problem.n, *problem.out_size, problem.m), element, name="gemm")
