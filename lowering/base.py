@@ -11,14 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import tvm
 from tvm import te, tirx
 
-from .problem import ConvProblem, Problem
+from .gradient_problem import GradientProblem
+from .problem import ConvProblem, DenseProblem, Problem, TransposedConvProblem
 
 Index = tuple[Any, ...]
+ProblemT = TypeVar("ProblemT")
+"""The kind of problem that a lowering solves: a layer, or one of the gradients of `lowering.backward`."""
 Epilogue = Callable[[Any, Index], Any]
 """`epilogue(value, index)`: the output element at `index` (output layout) from the GEMM's `value`."""
 
@@ -122,16 +125,19 @@ class Stage:
     """One tensor expression of a lowering.
 
     `reads` names its operands: `"data"`, `"weight"`, or the name of an earlier stage; `compute` takes one te.Tensor for
-    each and returns the te.Tensor that it writes. `kind` says what that tensor is.
+    each and returns the te.Tensor that it writes. `kind` says what that tensor is. A weight stage is stored in the
+    problem's dtype; `wide` stores it in the dtype of the arithmetic, because its values are computed, not moved, or
+    because the GEMM reads them one by one, so that each would be widened on its own.
     """
 
     name: str
     reads: tuple[str, ...]
     compute: Callable[..., te.Tensor]
     kind: Literal["weight", "workspace", "output"]
+    wide: bool = False
 
 
-class Lowering(ABC):
+class Lowering(ABC, Generic[ProblemT]):
     """One way to compute a layer as matrix multiplications. Subclasses state the paper, the equation and the shapes.
 
     `key` is the name that plans, logs, the command line and the tests use. `layout` is the layout of the activations
@@ -148,6 +154,8 @@ class Lowering(ABC):
     workspace_formula: str
     source: str
     layout: Literal["NHWC", "NCHW"] = "NHWC"
+    same_macs = True
+    """Whether its GEMMs are the definition's multiply-adds, no more and no fewer."""
 
     def __init__(self, tile: Tile | None = None) -> None:
         self.tile = tile
@@ -170,39 +178,75 @@ class Lowering(ABC):
         return self.as_pass()(mod)
 
     @abstractmethod
-    def applicable(self, problem: Problem) -> Reason | None:
+    def applicable(self, problem: ProblemT) -> Reason | None:
         """None where the lowering can compute `problem`, else the condition that fails."""
 
     @abstractmethod
-    def axes(self, problem: Problem) -> GemmAxes:
+    def axes(self, problem: ProblemT) -> GemmAxes:
         """The axes that the register tile is chosen for."""
 
     @abstractmethod
-    def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
+    def cost(self, problem: ProblemT, tile: Tile) -> LoweringCost:
         """What `build` with this tile will need; pure and cheap, no IR is built."""
 
     @abstractmethod
-    def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
-        """The stages in order; the last one writes the output, its `epilogue` applied to the tile in registers."""
+    def build(self, problem: ProblemT, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
+        """The stages in order; the last one writes the output, its `epilogue` applied to the tile in registers.
+
+        Written as if there were one dtype: a stage reads, and an epilogue is given, values of the problem's
+        `accumulator`, and workspaces hold such; only a weight stage that is not `wide` reads the weight as it is.
+        """
+
+    def stages(self, problem: ProblemT, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
+        """The stages of `build` on tensors as they are stored: what is stored in half precision is widened where it
+        is read, and the output narrowed behind the epilogue (see `lowering.precision`)."""
+        from .precision import typed_stages
+
+        return typed_stages(self, problem, tile, epilogue)
 
 
 def require_conv(problem: Problem) -> Reason | None:
-    """The reason of every convolution lowering that is given a fully connected layer."""
-    return None if isinstance(problem, ConvProblem) else Reason("needs a convolution, got a fully connected layer")
+    """The reason of every convolution lowering that is given another kind of layer."""
+    if isinstance(problem, ConvProblem):
+        return None
+    return Reason(f"needs a convolution, got a {layer_kind(problem)}")
+
+
+def require_transposed(problem: Problem) -> Reason | None:
+    """The reason of every lowering of transposed convolutions that is given another kind of layer."""
+    if isinstance(problem, TransposedConvProblem):
+        return None
+    return Reason(f"needs a transposed convolution, got a {layer_kind(problem)}")
+
+
+def layer_kind(problem: Problem) -> str:
+    """What a problem is, in words."""
+    if isinstance(problem, DenseProblem):
+        return "fully connected layer"
+    return "convolution" if isinstance(problem, ConvProblem) else "transposed convolution"
 
 
 def activation_shape(problem: Problem, layout: str = "NHWC") -> tuple[int, ...]:
     """Shape of a layer's input: `(N, *size, C)`, `(N, C, *size)` for NCHW, or `(n, c)` of a fully connected layer."""
-    if not isinstance(problem, ConvProblem):
+    if isinstance(problem, DenseProblem):
         return (problem.n, problem.c)
     if layout == "NCHW":
         return (problem.n, problem.c, *problem.size)
     return (problem.n, *problem.size, problem.c)
 
 
-def output_shape(problem: Problem, layout: str = "NHWC") -> tuple[int, ...]:
-    """Shape of a layer's output: `(N, *out, M)`, `(N, M, *out)` for NCHW, or `(n, m)`."""
-    if not isinstance(problem, ConvProblem):
+def operand_shapes(problem: Problem | GradientProblem, layout: str = "NHWC") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a problem is given, by the names that stages read, in the order of the call."""
+    if isinstance(problem, GradientProblem):
+        return problem.operand_shapes(layout)
+    return {"data": activation_shape(problem, layout), "weight": weight_shape(problem)}
+
+
+def output_shape(problem: Problem | GradientProblem, layout: str = "NHWC") -> tuple[int, ...]:
+    """Shape of a layer's output: `(N, *out, M)`, `(N, M, *out)` for NCHW, or `(n, m)`; of a gradient, its own."""
+    if isinstance(problem, GradientProblem):
+        return problem.result_shape(layout)
+    if isinstance(problem, DenseProblem):
         return (problem.n, problem.m)
     if layout == "NCHW":
         return (problem.n, problem.m, *problem.out_size)
@@ -211,7 +255,7 @@ def output_shape(problem: Problem, layout: str = "NHWC") -> tuple[int, ...]:
 
 def weight_shape(problem: Problem) -> tuple[int, ...]:
     """Shape of a layer's untransformed weight: `(M, *kernel, C/g)`, or `(m, c)`."""
-    if not isinstance(problem, ConvProblem):
+    if isinstance(problem, DenseProblem):
         return (problem.m, problem.c)
     return (problem.m, *problem.kernel, problem.c_group)
 

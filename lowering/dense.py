@@ -17,15 +17,19 @@ from .base import (
     Tile,
     ceil_div,
     no_epilogue,
+    require_conv,
 )
 from .problem import ConvProblem, DenseProblem, Problem
 from .tile_gemm import pack_panels, read_panels, tile_gemm
+from .window import wide_bytes, wide_stage
 
 
 def as_dense(problem: Problem) -> DenseProblem | None:
     """The fully connected layer that `problem` is: itself, or a convolution whose kernel covers its whole input."""
     if isinstance(problem, DenseProblem):
         return problem
+    if not isinstance(problem, ConvProblem):
+        return None
     covers = problem.kernel == problem.size and not problem.padded and problem.groups == 1
     return DenseProblem(problem.n, problem.c * problem.taps, problem.m, problem.dtype) if covers else None
 
@@ -47,7 +51,8 @@ class Dense(Lowering):
     def applicable(self, problem: Problem) -> Reason | None:
         if as_dense(problem) is not None:
             return None
-        assert isinstance(problem, ConvProblem)
+        if not isinstance(problem, ConvProblem):
+            return require_conv(problem)
         kernel, size = ("x".join(map(str, v)) for v in (problem.kernel, problem.size))
         return Reason(
             f"needs a fully connected layer or one group whose kernel covers its unpadded input, "
@@ -57,20 +62,23 @@ class Dense(Lowering):
     def axes(self, problem: Problem) -> GemmAxes:
         dense = as_dense(problem)
         assert dense is not None
-        return GemmAxes(1, dense.n, dense.m, dense.c, row_bytes=dense.c * dense.element)
+        return GemmAxes(1, dense.n, dense.m, dense.c, row_bytes=dense.c * dense.scratch_element)
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         dense = as_dense(problem)
         assert dense is not None
         columns = ceil_div(dense.m, tile.nr) * tile.nr
         weights = dense.element * columns * dense.c
+        workspace = {"wide": wide_bytes(dense)} if _copies(dense) else {}
+        total = sum(workspace.values())
         return LoweringCost(
             gemms=(GemmShape(dense.n, dense.m, dense.c),),
             macs=ceil_div(dense.n, tile.mr) * tile.mr * columns * dense.c,
-            bytes_moved=weights + dense.element * dense.n * (dense.c + dense.m),
-            workspace_bytes=0,
+            bytes_moved=weights + dense.element * dense.n * (dense.c + dense.m) + 2 * total,
+            workspace_bytes=total,
             weight_bytes=weights,
             error_growth=sqrt(dense.c),
+            workspace=workspace,
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
@@ -97,4 +105,12 @@ class Dense(Lowering):
                 epilogue=(lambda v, index: epilogue(v, (index[0], *pixel, index[1]))) if conv else epilogue,
             )
 
-        return (Stage("packed", ("weight",), flat, "weight"), Stage("gemm", ("data", "packed"), gemm, "output"))
+        weight = Stage("packed", ("weight",), flat, "weight")
+        if _copies(dense):
+            return (wide_stage(problem), weight, Stage("gemm", ("wide", "packed"), gemm, "output"))
+        return (weight, Stage("gemm", ("data", "packed"), gemm, "output"))
+
+
+def _copies(dense: DenseProblem) -> bool:
+    """Whether several rows stored in half precision are widened ahead of the GEMM; one row is as cheap where it is."""
+    return dense.widened and dense.n > 1

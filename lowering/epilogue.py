@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tvm import te, tirx
 
 from .base import Epilogue, dtype_of
+from .precision import cast
 
 PER_CHANNEL = ("bias", "scale")
 ELEMENTWISE = ("add", "mul")
@@ -70,7 +71,7 @@ def make_epilogue(
                 value = UNARY[op.kind](value, *op.params)
                 continue
             tensor = operands[op.operand]
-            operand = tensor(channel) if op.kind in PER_CHANNEL else tensor(*index)
+            operand = cast(tensor(channel) if op.kind in PER_CHANNEL else tensor(*index), dtype_of(value))
             value = value + operand if op.kind in ("bias", "add") else value * operand
         return value
 

@@ -21,6 +21,7 @@ from .base import (
     require_conv,
     zero,
 )
+from .copied import COPY_ANNOTATION, PERIOD_ANNOTATION, SHARED, UNBLOCK_ANNOTATION, WHOLE, in_shared_block, period_of
 from .problem import ConvProblem, Problem
 from .tile_gemm import tile_gemm
 from .window import activation_bytes, read_padded, window_index
@@ -36,19 +37,21 @@ def unflatten(position: Any, extents: tuple[int, ...]) -> list[Any]:
 
 
 class Im2col(Lowering):
-    """Patches as the columns of a matrix, `L[n, c, kh, kw, y Wo + x] = I[n, c, y s + kh d - p, x s + kw d - p]`, then
-    `O[n, :, :] = W·L[n]`.
+    """Patches as the columns of a matrix, `L[kh, kw, c, y Wo + x] = I[n, c, y s + kh d - p, x s + kw d - p]` of one
+    image after another, then `O[n, :, :] = W·L`.
 
     GEMM per image and group `[M/g x C/g K^2]·[C/g K^2 x Ho Wo]`. Reads `(N, C, *size)` and writes `(N, M, *out)`:
-    channels
-    first, as in Caffe. The rows of L are rounded up to the register tile's width `nr`, so the workspace is
-    `e N C K^2 roundup(Ho Wo, nr)` bytes. Source: Chellapilla et al. 2006; Jia, "Convolution in Caffe: a memo".
+    channels first, as in Caffe. L is stored in panels of the register tile's width, `[Ho Wo / nr][K^2 C][nr]`, so that
+    the GEMM reads it front to back; the columns are rounded up to `nr`, and the scratch is `e C K^2 roundup(Ho Wo, nr)`
+    bytes (all `C` channels, with groups too): a workspace for one image, and for a batch a buffer of the kernel, which
+    all threads fill and then multiply, image after image. Source: Chellapilla et al. 2006; Jia, "Convolution in Caffe:
+    a memo"; the panels as in Goto & van de Geijn 2008, section 4.
     """
 
     key = "im2col"
     summary = "patches stored as columns, one GEMM an image (channels first)"
     gemm_formula = "[M x C K^2]·[C K^2 x Ho Wo]"
-    workspace_formula = "e N C K^2 roundup(Ho Wo, nr)"
+    workspace_formula = "e C K^2 roundup(Ho Wo, nr), the same buffer for every image"
     source = "Chellapilla et al. 2006; Jia, Convolution in Caffe: a memo"
     layout = "NCHW"
 
@@ -62,78 +65,145 @@ class Im2col(Lowering):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        k = problem.taps * problem.c_group
-        rows, columns = ceil_div(problem.m_group, tile.mr) * tile.mr, ceil_div(problem.pixels, tile.nr) * tile.nr
-        workspace = problem.element * problem.n * problem.groups * k * columns
-        weights = problem.element * problem.groups * rows * k
-        return LoweringCost(
-            gemms=(GemmShape(problem.m_group, problem.pixels, k, problem.n * problem.groups),),
-            macs=problem.n * problem.groups * rows * columns * k,
-            bytes_moved=activation_bytes(problem) + weights + 2 * workspace,
-            workspace_bytes=workspace,
-            weight_bytes=weights,
-            error_growth=k**0.5,
-            workspace={"im2col": workspace},
-        )
+        size = column_bytes(problem, 1, tile)
+        if problem.n == 1:
+            return column_cost(problem, 1, tile, {"im2col": size})
+        copied = problem.n * size // problem.scratch_element
+        return in_shared_block(column_cost(problem, 1, tile, {}), copied, size)
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
-        columns = ceil_div(problem.pixels, tile.nr) * tile.nr
+        weight = pack_rows_stage(problem, tile)
+        if problem.n == 1:
+            return (
+                Stage("im2col", ("data",), lambda data: unroll(problem, 1, tile, data, WHOLE), "workspace"),
+                weight,
+                Stage("gemm", ("im2col", "packed"), lambda l, w: _gemm(problem, tile, epilogue, l, w), "output"),
+            )
 
-        def unroll(data: te.Tensor) -> te.Tensor:
-            def element(n: Any, c: Any, *index: Any) -> Any:
-                taps, position = index[:-1], index[-1]
-                where = window_index(problem, unflatten(position, problem.out_size), taps, padded=False)
-                value = read_padded(problem, data, n, where, c, "NCHW")
-                if columns == problem.pixels:
-                    return value
-                return tirx.if_then_else(position < problem.pixels, value, zero(problem.dtype))
+        def whole(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
+            return _gemm(problem, tile, epilogue, unroll(problem, 1, tile, data, SHARED), packed)
 
-            return te.compute((problem.n, problem.c, *problem.kernel, columns), element, name="im2col")
-
-        return (
-            Stage("im2col", ("data",), unroll, "workspace"),
-            Stage("packed", ("weight",), lambda weight: _pack_rows(problem, tile, weight), "weight"),
-            Stage("gemm", ("im2col", "packed"), lambda l, w: _gemm(problem, tile, epilogue, l, w), "output"),
-        )
+        return (weight, Stage("gemm", ("data", "packed"), whole, "output"))
 
 
-def _pack_rows(problem: ConvProblem, tile: Tile, weight: te.Tensor) -> te.Tensor:
-    """Weights `(M, *kernel, C/g)` to `[g][(M/g)/mr][C/g][*kernel][mr]`: one step's `mr` elements lie side by side."""
-
-    def element(g: Any, t: Any, c: Any, *index: Any) -> Any:
-        taps, row = index[:-1], t * tile.mr + index[-1]
-        value = weight(g * problem.m_group + row, *taps, c)
-        if problem.m_group % tile.mr == 0:
-            return value
-        return tirx.if_then_else(row < problem.m_group, value, zero(problem.dtype))
-
-    tiles = ceil_div(problem.m_group, tile.mr)
-    shape = (problem.groups, tiles, problem.c_group, *problem.kernel, tile.mr)
-    return te.compute(shape, element, name="packed")
+def column_bytes(problem: ConvProblem, images: int, tile: Tile) -> int:
+    """Bytes of the columns of `images` images, a whole number of panels: `e C K^2 roundup(images Ho Wo, nr)`."""
+    columns = ceil_div(images * problem.pixels, tile.nr) * tile.nr
+    return problem.scratch_element * problem.c * problem.taps * columns
 
 
-def _gemm(problem: ConvProblem, tile: Tile, epilogue: Epilogue, patches: te.Tensor, packed: te.Tensor) -> te.Tensor:
+def column_cost(problem: ConvProblem, images: int, tile: Tile, workspace: dict[str, int]) -> LoweringCost:
+    """The cost of GEMMs over the columns of `images` images at a time, plus the given workspaces."""
+    k, blocks = problem.taps * problem.c_group, problem.n // images
+    rows = ceil_div(problem.m_group, tile.mr) * tile.mr
+    columns = ceil_div(images * problem.pixels, tile.nr) * tile.nr
+    weights, total = problem.scratch_element * problem.groups * rows * k, sum(workspace.values())
+    return LoweringCost(
+        gemms=(GemmShape(problem.m_group, images * problem.pixels, k, blocks * problem.groups),),
+        macs=blocks * problem.groups * rows * columns * k,
+        bytes_moved=activation_bytes(problem) + weights + 2 * total,
+        workspace_bytes=total,
+        weight_bytes=weights,
+        error_growth=k**0.5,
+        workspace=workspace,
+    )
+
+
+def unroll(problem: ConvProblem, images: int, tile: Tile, data: te.Tensor, where: str) -> te.Tensor:
+    """The columns in panels, `(N / images, panels, *kernel, C, nr)`, `images` images side by side in each block.
+
+    What lies past the last column is copied from some column of the last row: it is multiplied, never stored.
+    """
+    extents = (images, *problem.out_size)
+    columns, panels = prod(extents), ceil_div(prod(extents), tile.nr)
+    ragged = columns % tile.nr != 0
+
+    def element(block: Any, p: Any, *index: Any) -> Any:
+        taps, c, position = index[:-2], index[-2], p * tile.nr + index[-1]
+        image, *out = unflatten(position, extents)
+        if ragged and images > 1:
+            image = tirx.min(image, images - 1)
+        elif ragged and problem.dims > 1:
+            out[0] = tirx.min(position // prod(problem.out_size[1:]), problem.out_size[0] - 1)
+        at = image if images == problem.n else block
+        value = read_padded(problem, data, at, window_index(problem, out, taps, padded=False), c, "NCHW")
+        if ragged and images == 1 and problem.dims == 1:
+            return tirx.if_then_else(position < columns, value, zero(problem.accumulator))
+        return value
+
+    attrs: dict[str, Any] = {COPY_ANNOTATION: where}
+    single_row = images == 1 and problem.dims == 1
+    if not single_row and (period := period_of(problem.out_size[-1], tile.nr, problem.stride[-1])) is not None:
+        attrs[PERIOD_ANNOTATION] = min(period, panels)
+    shape = (problem.n // images, panels, *problem.kernel, problem.c, tile.nr)
+    return te.compute(shape, element, name="im2col", attrs=attrs)
+
+
+def pack_rows_stage(problem: ConvProblem, tile: Tile) -> Stage:
+    """Weights `(M, *kernel, C/g)` to `[g][(M/g)/mr][*kernel][C/g][mr]`: one step's `mr` elements lie side by side.
+
+    They are A: read one by one, hence `wide`.
+    """
+
+    def compute(weight: te.Tensor) -> te.Tensor:
+        def element(g: Any, t: Any, *index: Any) -> Any:
+            taps, c, row = index[:-2], index[-2], t * tile.mr + index[-1]
+            value = weight(g * problem.m_group + row, *taps, c)
+            if problem.m_group % tile.mr == 0:
+                return value
+            return tirx.if_then_else(row < problem.m_group, value, zero(problem.accumulator))
+
+        tiles = ceil_div(problem.m_group, tile.mr)
+        shape = (problem.groups, tiles, *problem.kernel, problem.c_group, tile.mr)
+        return te.compute(shape, element, name="packed")
+
+    return Stage("packed", ("weight",), compute, "weight", wide=True)
+
+
+def multiply_columns(
+    problem: ConvProblem, images: int, tile: Tile, epilogue: Epilogue, columns: te.Tensor, packed: te.Tensor
+) -> te.Tensor:
+    """`W·L` of every block and group: `(N / images, g, M/g, images Ho Wo)`; the epilogue gets that index."""
+
     def read_a(at: tuple[Any, ...], x: Any, g: Any, n: Any, k: tuple[Any, ...]) -> Any:
         del g, n
         return packed(at[1], x // tile.mr, *k, x % tile.mr)
 
     def read_b(at: tuple[Any, ...], g: Any, p: Any, j: Any, k: tuple[Any, ...]) -> Any:
         del g
-        return patches(at[0], at[1] * problem.c_group + k[0], *k[1:], p * tile.nr + j)
+        return columns(at[0], p, *k[:-1], at[1] * problem.c_group + k[-1], j)
 
+    return tile_gemm(
+        outer=(problem.n // images, problem.groups),
+        inner=problem.m_group,
+        n=images * problem.pixels,
+        k_extents=(*problem.kernel, problem.c_group),
+        read_a=read_a,
+        read_b=read_b,
+        tile=tile,
+        epilogue=epilogue,
+        guard=False,
+    )
+
+
+def _gemm(problem: ConvProblem, tile: Tile, epilogue: Epilogue, columns: te.Tensor, packed: te.Tensor) -> te.Tensor:
     def at_output(value: Any, index: tuple[Any, ...]) -> Any:
         n, g, m, position = index
         return epilogue(value, (n, g * problem.m_group + m, *unflatten(position, problem.out_size)))
 
-    return tile_gemm(
-        outer=(problem.n, problem.groups),
-        inner=problem.m_group,
-        n=problem.pixels,
-        k_extents=(problem.c_group, *problem.kernel),
-        read_a=read_a,
-        read_b=read_b,
-        tile=tile,
-        epilogue=at_output,
-        guard=False,
-    )
+    return multiply_columns(problem, 1, tile, at_output, columns, packed)
+
+
+def gemm_of_batch(
+    problem: ConvProblem, tile: Tile, epilogue: Epilogue, columns: te.Tensor, packed: te.Tensor
+) -> te.Tensor:
+    """`W·L` over the columns of all images at once, written image by image: `(N, g, M/g, Ho Wo)`."""
+    product = multiply_columns(problem, problem.n, tile, no_epilogue, columns, packed)
+
+    def element(n: Any, g: Any, m: Any, position: Any) -> Any:
+        value = product(0, g, m, n * problem.pixels + position)
+        return epilogue(value, (n, g * problem.m_group + m, *unflatten(position, problem.out_size)))
+
+    shape = (problem.n, problem.groups, problem.m_group, problem.pixels)
+    return te.compute(shape, element, name="output", attrs={UNBLOCK_ANNOTATION: 1})

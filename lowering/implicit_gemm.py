@@ -20,12 +20,12 @@ from .base import (
     no_epilogue,
     require_conv,
 )
-from .problem import ConvProblem, Problem
+from .problem import ConvProblem, Problem, SpatialProblem
 from .tile_gemm import ReadA, pack_panels, read_panels, tile_gemm
-from .window import activation_bytes, pad_bytes, pad_stage, window_index
+from .window import activation_bytes, copies_input, pad_bytes, pad_stage, window_index
 
 
-def pack_stage(problem: ConvProblem, tile: Tile) -> Stage:
+def pack_stage(problem: SpatialProblem, tile: Tile) -> Stage:
     """Weights `(M, *kernel, C/g)` to panels `[g][(M/g)/nr][*kernel][C/g][nr]`."""
     extents = (*problem.kernel, problem.c_group)
 
@@ -35,7 +35,7 @@ def pack_stage(problem: ConvProblem, tile: Tile) -> Stage:
     return Stage("packed", ("weight",), compute, "weight")
 
 
-def packed_bytes(problem: ConvProblem, tile: Tile) -> int:
+def packed_bytes(problem: SpatialProblem, tile: Tile) -> int:
     """Bytes of the packed weights: `e g roundup(M/g, nr) K^2 C/g`."""
     columns = ceil_div(problem.m_group, tile.nr) * tile.nr
     return problem.element * problem.groups * columns * problem.taps * problem.c_group
@@ -53,7 +53,7 @@ def conv_axes(problem: ConvProblem) -> GemmAxes:
     """A register tile spans the pixels of one output row and the channels of one group."""
     *outer, inner = problem.out_size
     k = problem.taps * problem.c_group
-    row = problem.stride[-1] * problem.c * problem.element
+    row = problem.stride[-1] * problem.c * problem.scratch_element
     return GemmAxes(problem.n * prod(outer), inner, problem.m_group, k, problem.groups, row_bytes=row)
 
 
@@ -116,7 +116,7 @@ class ImplicitGemm(Lowering):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        return conv_cost(problem, tile, {"pad": pad_bytes(problem)} if problem.padded else {})
+        return conv_cost(problem, tile, {"pad": pad_bytes(problem)} if copies_input(problem) else {})
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
@@ -129,6 +129,6 @@ class ImplicitGemm(Lowering):
 
             return conv_gemm(problem, tile, epilogue, read_a, packed)
 
-        first = (pad_stage(problem),) if problem.padded else ()
-        source = "pad" if problem.padded else "data"
+        first = (pad_stage(problem),) if copies_input(problem) else ()
+        source = "pad" if copies_input(problem) else "data"
         return (*first, pack_stage(problem, tile), Stage("gemm", (source, "packed"), gemm, "output"))

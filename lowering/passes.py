@@ -96,7 +96,7 @@ def _layer(lowering: Lowering, found: Recognized, tensors: dict[Any, te.Tensor])
     """The reduction in the lowering's stages, its output in the function's own shape."""
     problem = found.problem
     made = {"data": _data(lowering, found, tensors), "weight": _weight(found, tensors)}
-    for stage in lowering.build(problem, pass_tile(lowering, problem)):
+    for stage in lowering.stages(problem, pass_tile(lowering, problem)):
         tensor = stage.compute(*(made[name] for name in stage.reads))
         made[stage.name] = tensor
     result = reshaped(tensor, output_shape(problem, lowering.layout))

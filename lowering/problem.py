@@ -17,11 +17,42 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 def dtype_bytes(dtype: str) -> int:
     """Bytes in one element of `dtype`."""
-    return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype]
+    return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}[dtype]
+
+
+def accumulator(dtype: str) -> str:
+    """The dtype that a layer whose tensors are of `dtype` computes in, its scratch included: float32 for the halves."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
+class Typed:
+    """What follows from the dtype of a problem's tensors."""
+
+    dtype: str
+
+    @property
+    def element(self) -> int:
+        """Bytes an element of the activations and the weights, `e` in the formulas."""
+        return dtype_bytes(self.dtype)
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype of all arithmetic and of everything between input and output."""
+        return accumulator(self.dtype)
+
+    @property
+    def scratch_element(self) -> int:
+        """Bytes an element of scratch: `e`, but 4 where the tensors are of 2 bytes."""
+        return dtype_bytes(self.accumulator)
+
+    @property
+    def widened(self) -> bool:
+        """Whether elements are stored in fewer digits than they are computed with."""
+        return self.accumulator != self.dtype
 
 
 @dataclass(frozen=True)
-class ConvProblem:
+class ConvProblem(Typed):
     """A convolution (cross-correlation) of 1, 2 or 3 spatial dimensions.
 
         O[n, m, o] = sum_{c, k} I[n, g(m) C/g + c, o s + k d - p] W[m, c, k]
@@ -43,23 +74,14 @@ class ConvProblem:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        dims = len(self.size)
-        if dims not in (1, 2, 3):
-            raise ValueError(f"a convolution has 1, 2 or 3 spatial dimensions, got {dims}")
-        for name in ("kernel", "stride", "pad_before", "pad_after", "dilation"):
-            value = getattr(self, name)
-            if len(value) != dims:
-                raise ValueError(f"{name} needs {dims} entries, one a spatial dimension, got {value}")
-            if any(v < (0 if name.startswith("pad") else 1) for v in value):
-                raise ValueError(f"{name} holds a value that is too small: {value}")
-        if min(self.n, self.c, self.m, self.groups, *self.size) < 1:
-            raise ValueError(f"every size must be at least 1: {self}")
-        if self.c % self.groups or self.m % self.groups:
-            raise ValueError(f"groups={self.groups} must divide the channels C={self.c} and M={self.m}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        _check_window("a convolution", self, ("kernel", "stride", "pad_before", "pad_after", "dilation"))
         if min(self.out_size) < 1:
             raise ValueError(f"the kernel does not fit into the padded input: {self}")
+
+    @property
+    def op(self) -> str:
+        """The kind of layer, as tables name it."""
+        return f"conv{self.dims}d"
 
     @property
     def dims(self) -> int:
@@ -108,14 +130,99 @@ class ConvProblem:
     def depthwise(self) -> bool:
         return self.groups == self.c and self.groups > 1
 
+
+@dataclass(frozen=True)
+class TransposedConvProblem(Typed):
+    """A transposed convolution (a "deconvolution") of 1, 2 or 3 spatial dimensions: the scatter of a convolution.
+
+        O[n, m, i s + k d - p] += I[n, g(m) C/g + c, i] W[m, c, k]      for every c, i, k whose target lies in O
+
+        out = (in - 1) stride - pad_before - pad_after + dilation (kernel - 1) + 1 + output_padding
+
+    The weight is stored `(M, *kernel, C/g)`, its kernel not flipped: the letters are those of the layer that runs, `C`
+    what it reads and `M` what it writes, so that all layers share one order. (ONNX and PyTorch store
+    `(C, M/g, *kernel)`.) It is also the gradient of a convolution by its input: that of `ConvProblem(n, c, m, ...)` has
+    `c` and `m` swapped, reads the output's gradient, and its `output_padding` is what the floor of `out` left over.
+
+    `pad_before` and `pad_after` cut the output, `output_padding` extends its end; an element to which nothing is added
+    is 0. Raises ValueError for sizes that make no layer.
+    """
+
+    n: int
+    c: int
+    m: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    pad_before: tuple[int, ...]
+    pad_after: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int = 1
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        names = ("kernel", "stride", "pad_before", "pad_after", "dilation", "output_padding")
+        _check_window("a transposed convolution", self, names)
+        if min(self.out_size) < 1:
+            raise ValueError(f"the pads leave nothing of the output: {self}")
+
     @property
-    def element(self) -> int:
-        """Bytes an element, `e` in the formulas."""
-        return dtype_bytes(self.dtype)
+    def op(self) -> str:
+        """The kind of layer, as tables name it."""
+        return f"conv{self.dims}d_transpose"
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions: 1, 2 or 3."""
+        return len(self.size)
+
+    @cached_property
+    def full_size(self) -> tuple[int, ...]:
+        """The output that all products together reach, before anything is cut: `(in - 1) s + d (K - 1) + 1`."""
+        sides = zip(self.size, self.stride, self.dilation, self.kernel, strict=True)
+        return tuple((i - 1) * s + d * (k - 1) + 1 for i, s, d, k in sides)
+
+    @cached_property
+    def out_size(self) -> tuple[int, ...]:
+        sides = zip(self.full_size, self.pad_before, self.pad_after, self.output_padding, strict=True)
+        return tuple(full - a - b + extra for full, a, b, extra in sides)
+
+    @property
+    def pixels(self) -> int:
+        """Output positions an image: `Ho Wo`."""
+        return prod(self.out_size)
+
+    @property
+    def in_pixels(self) -> int:
+        """Input positions an image: `H W`."""
+        return prod(self.size)
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions: `Kh Kw`."""
+        return prod(self.kernel)
+
+    @property
+    def c_group(self) -> int:
+        return self.c // self.groups
+
+    @property
+    def m_group(self) -> int:
+        return self.m // self.groups
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds by the definition, those that the pads cut off included: `N H W M K^2 C/g`."""
+        return self.n * self.in_pixels * self.m * self.taps * self.c_group
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.c and self.groups > 1
 
 
 @dataclass(frozen=True)
-class DenseProblem:
+class DenseProblem(Typed):
     """A fully connected layer: `Y[n, m] = sum_c X[n, c] W[m, c]`, with `n` rows, `c` inputs and `m` outputs."""
 
     n: int
@@ -130,15 +237,36 @@ class DenseProblem:
             raise ValueError(f"dtype {self.dtype} is not one of {', '.join(DTYPES)}")
 
     @property
+    def op(self) -> str:
+        """The kind of layer, as tables name it."""
+        return "dense"
+
+    @property
     def macs(self) -> int:
         return self.n * self.c * self.m
 
-    @property
-    def element(self) -> int:
-        return dtype_bytes(self.dtype)
+
+SpatialProblem = ConvProblem | TransposedConvProblem
+Problem = SpatialProblem | DenseProblem
 
 
-Problem = ConvProblem | DenseProblem
+def _check_window(what: str, problem: SpatialProblem, names: tuple[str, ...]) -> None:
+    """ValueError where the sizes of a layer with a window are no sizes, or do not belong together."""
+    dims = len(problem.size)
+    if dims not in (1, 2, 3):
+        raise ValueError(f"{what} has 1, 2 or 3 spatial dimensions, got {dims}")
+    for name in names:
+        value = getattr(problem, name)
+        if len(value) != dims:
+            raise ValueError(f"{name} needs {dims} entries, one a spatial dimension, got {value}")
+        if any(v < (0 if "pad" in name else 1) for v in value):
+            raise ValueError(f"{name} holds a value that is too small: {value}")
+    if min(problem.n, problem.c, problem.m, problem.groups, *problem.size) < 1:
+        raise ValueError(f"every size must be at least 1: {problem}")
+    if problem.c % problem.groups or problem.m % problem.groups:
+        raise ValueError(f"groups={problem.groups} must divide the channels C={problem.c} and M={problem.m}")
+    if problem.dtype not in DTYPES:
+        raise ValueError(f"dtype {problem.dtype} is not one of {', '.join(DTYPES)}")
 
 
 def conv2d(

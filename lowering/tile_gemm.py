@@ -7,8 +7,8 @@ Both operands are given by their address computation:
 
 (the axis `g` of `out` is there only where there are groups). The block `acc` carries the annotation `gemmify.axes`, one
 letter a spatial axis, which is all that a schedule is told: `o` an independent outer axis, `t` the tile along m, `p`
-the
-panel along n, `i`/`j` the row/column within the tile.
+the panel along n, `i`/`j` the row/column within the tile. Two numbers go with it: `gemmify.rows`, how many rows the
+tiles cover, and `gemmify.ragged`, how many of the leading reduction axes may end early, as the outer axes decide.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from tvm import te, tirx
 from .base import Epilogue, Tile, ceil_div, dtype_of, zero
 
 AXES_ANNOTATION = "gemmify.axes"
+ROWS_ANNOTATION = "gemmify.rows"
+RAGGED_ANNOTATION = "gemmify.ragged"
 
 ReadA = Callable[[tuple[Any, ...], Any, Any, Any, tuple[Any, ...]], Any]
 """`read_a(outer, x, g, n, k)`: A at row `x`; `n` is the output column (only a depthwise layer looks at it)."""
@@ -63,12 +65,15 @@ def tile_gemm(
     groups: int = 1,
     epilogue: Epilogue,
     guard: bool = True,
+    order: Sequence[int] | None = None,
+    ragged: int = 0,
     name: str = "gemm",
 ) -> te.Tensor:
     """The tensor `out[outer..., inner, (groups,) n]` of the module's equation.
 
     Rows past `inner` are not read unless `guard` is False, which promises that A can be read there. `epilogue` gets the
-    index `(outer..., x, g n + column)`.
+    index `(outer..., x, g n + column)`. `order` stores the axes (outer..., inner) in another order; `ragged` says that
+    `read_a` is 0 from some step of the first so many reduction axes on, which the outer axes alone decide.
     """
     mr, nr = tile.mr, tile.nr
     tiles, panels, dims = ceil_div(inner, mr), ceil_div(n, nr), len(outer)
@@ -86,14 +91,17 @@ def tile_gemm(
         (*outer, tiles, groups, panels, mr, nr),
         product,
         name=f"{name}_acc",
-        attrs={AXES_ANNOTATION: "o" * dims + "topij"},
+        attrs={AXES_ANNOTATION: "o" * dims + "topij", ROWS_ANNOTATION: inner, RAGGED_ANNOTATION: ragged},
     )
+    order = tuple(range(dims + 1)) if order is None else tuple(order)
 
     def element(*index: Any) -> Any:
-        at, x, column = index[:dims], index[dims], index[-1]
+        natural = dict(zip(order, index, strict=False))
+        at, x, column = tuple(natural[d] for d in range(dims)), natural[dims], index[-1]
         g = index[dims + 1] if groups > 1 else 0
         value = acc(*at, x // mr, g, column // nr, x % mr, column % nr)
         return epilogue(value, (*at, x, g * n + column))
 
-    shape = (*outer, inner, groups, n) if groups > 1 else (*outer, inner, n)
+    stored = [(*outer, inner)[d] for d in order]
+    shape = (*stored, groups, n) if groups > 1 else (*stored, n)
     return te.compute(shape, element, name=name)

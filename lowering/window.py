@@ -8,8 +8,8 @@ from typing import Any
 
 from tvm import te, tirx
 
-from .base import Stage, zero
-from .problem import ConvProblem
+from .base import Stage, activation_shape, zero
+from .problem import ConvProblem, Problem, SpatialProblem
 
 
 def window_index(problem: ConvProblem, out: Sequence[Any], taps: Sequence[Any], padded: bool = True) -> list[Any]:
@@ -32,7 +32,13 @@ def read_padded(
     sides = zip(where, problem.size, problem.pad_before, problem.pad_after, strict=True)
     for i, size, before, after in sides:
         inside += ([i >= 0] if before else []) + ([i < size] if after else [])
-    return tirx.if_then_else(tirx.all(*inside), value, zero(problem.dtype)) if inside else value
+    return tirx.if_then_else(tirx.all(*inside), value, zero(problem.accumulator)) if inside else value
+
+
+def copies_input(problem: ConvProblem) -> bool:
+    """Whether a GEMM that takes its A from the input itself takes it from a copy: where the layer pads, and where the
+    input is stored in half precision, which is dear to widen element by element, again for every panel of weights."""
+    return problem.padded or problem.widened
 
 
 def pad_stage(problem: ConvProblem) -> Stage:
@@ -49,10 +55,25 @@ def pad_stage(problem: ConvProblem) -> Stage:
 
 
 def pad_bytes(problem: ConvProblem) -> int:
-    """Bytes of the padded copy: `e N C Hp Wp`, or 0 where there is no padding."""
-    return problem.element * problem.n * problem.c * prod(problem.padded_size) if problem.padded else 0
+    """Bytes of the padded copy: `e N C Hp Wp`, or 0 where the input is read as it is."""
+    size = problem.scratch_element * problem.n * problem.c * prod(problem.padded_size)
+    return size if copies_input(problem) else 0
 
 
-def activation_bytes(problem: ConvProblem) -> int:
+def wide_stage(problem: Problem) -> Stage:
+    """The input in the dtype of the arithmetic, as `wide`: for a GEMM that reads its A from the input itself."""
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        return te.compute(activation_shape(problem), lambda *index: data(*index), name="wide")
+
+    return Stage("wide", ("data",), compute, "workspace")
+
+
+def wide_bytes(problem: Problem) -> int:
+    """Bytes of the widened input, or 0 where the input is stored in the dtype of the arithmetic."""
+    return problem.scratch_element * prod(activation_shape(problem)) if problem.widened else 0
+
+
+def activation_bytes(problem: SpatialProblem) -> int:
     """Bytes of the layer's input and output together."""
     return problem.element * problem.n * (problem.c * prod(problem.size) + problem.m * problem.pixels)

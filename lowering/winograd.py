@@ -57,6 +57,7 @@ class Winograd(Lowering):
     """
 
     m: int
+    same_macs = False
     gemm_formula = "alpha^2 x [P x C]·[C x M]"
     workspace_formula = "e alpha^2 (P C + threads Pb nr); with many blocks threads e alpha^2 Pb (C + nr)"
     source = "Lavin & Gray 2015, section 4, algorithm 1 (arXiv 1509.09308)"
@@ -101,8 +102,9 @@ class Winograd(Lowering):
         form = form_of(problem, self.m)
         positions, tiles = form.positions, problem.n * prod(form.grid)
         columns = ceil_div(problem.m, tile.nr) * tile.nr
-        weights = problem.element * positions * problem.c_group * columns
-        workspace = {} if self.fused(problem) else {"winograd_input": problem.element * positions * tiles * problem.c}
+        e = problem.scratch_element
+        weights = e * positions * problem.c_group * columns
+        workspace = {} if self.fused(problem) else {"winograd_input": e * positions * tiles * problem.c}
         blocks = problem.n * prod(form.blocks)
         return LoweringCost(
             gemms=(GemmShape(tiles, problem.m_group, problem.c_group, positions * problem.groups),),
@@ -110,18 +112,19 @@ class Winograd(Lowering):
             bytes_moved=activation_bytes(problem) + weights + 2 * sum(workspace.values()),
             workspace_bytes=sum(workspace.values()),
             weight_bytes=weights,
-            error_growth=problem.c_group**0.5 * prod(amplification(m, r) for m, r in zip(form.m, form.r, strict=True)),
+            # The 1 is the rounding of the transforms themselves.
+            error_growth=(problem.c_group**0.5 + 1) * prod(map(amplification, form.m, form.r)),
             workspace=workspace,
             extra_flops=tiles * transform_flops(form, problem.c, columns),
             weight_reads=blocks,
             tasks=blocks if not workspace else blocks * (columns // tile.nr),
-            thread_bytes=problem.element * positions * form.tiles * (tile.nr + (problem.c if not workspace else 0)),
+            thread_bytes=e * positions * form.tiles * (tile.nr + (problem.c if not workspace else 0)),
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
         form = form_of(problem, self.m)
-        weight = Stage("packed", ("weight",), lambda w: transform_weight(problem, form, tile, w), "weight")
+        weight = Stage("packed", ("weight",), lambda w: transform_weight(problem, form, tile, w), "weight", wide=True)
         if self.fused(problem):
 
             def whole(data: te.Tensor, packed: te.Tensor) -> te.Tensor:

@@ -82,7 +82,7 @@ def form_of(problem: ConvProblem, m: int) -> Form:
     edge = tile_edge(problem, m)
     grid = tuple(ceil_div(size, e) for size, e in zip(problem.out_size, edge, strict=True))
     positions = prod(e + k - 1 for e, k in zip(edge, problem.kernel, strict=True))
-    limit = max(1, min(BLOCK_TILES, BLOCK_BYTES // (positions * problem.c * problem.element)))
+    limit = max(1, min(BLOCK_TILES, BLOCK_BYTES // (positions * problem.c * problem.scratch_element)))
     blocks = [b for b in product(*map(_divisors, grid)) if prod(b) <= BLOCK_TILES]
     fused = [b for b in blocks if prod(b) <= limit and problem.n * prod(grid) >= FUSE_BLOCKS * prod(b)]
     fused = [b for b in fused if prod(b) >= FUSE_TILES]
@@ -144,7 +144,7 @@ def _stored(shape: Sequence[int], element: Read, name: str) -> Read:
 
 def transform_weight(problem: ConvProblem, form: Form, tile: Tile, weight: te.Tensor) -> te.Tensor:
     """`U = G g G^T`: `(M, *r, C)` to `[M/nr][*alpha][C][nr]`, zeros past the last channel."""
-    dims, dtype, c = problem.dims, problem.dtype, problem.c_group
+    dims, dtype, c = problem.dims, problem.accumulator, problem.c_group
 
     def store(d: int, element: Read) -> Read:
         sizes = (problem.m, *form.alpha[: d + 1], *form.r[d + 1 :], c)
@@ -165,7 +165,7 @@ def transform_weight(problem: ConvProblem, form: Form, tile: Tile, weight: te.Te
 
 def transform_input(problem: ConvProblem, form: Form, data: te.Tensor) -> te.Tensor:
     """`V = B^T d B`: `[N][*blocks][*alpha][Pb][C]`, the tile read with clamped addresses and masked outside."""
-    dims, dtype = problem.dims, problem.dtype
+    dims, dtype = problem.dims, problem.accumulator
     lead = 2 + dims  # the index within a tile stands behind N, the block and the tile of the block
 
     def gather(n: Any, *index: Any) -> Any:
@@ -244,7 +244,7 @@ def _inverse(problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue, p
         sizes = (*form.m[: d + 1], *form.alpha[d + 1 :])
         return _stored((problem.n, *form.grid, panels, *sizes, tile.nr), element, f"winograd_output_{d}")
 
-    outputs = _passes(form, [t.at for t in form.transforms], 2 + dims, of_block, store, problem.dtype)
+    outputs = _passes(form, [t.at for t in form.transforms], 2 + dims, of_block, store, problem.accumulator)
     tiles = te.compute(
         (problem.n, *form.grid, panels, *form.m, tile.nr),
         lambda *index: outputs(index),

@@ -45,6 +45,18 @@ class Machine:
         bits = int(tvm.DataType(dtype).bits)
         return max(1, self.vector_bytes * 8 // max(bits, 8))
 
+    @property
+    def converts_float16(self) -> bool:
+        """Whether float16 in memory is widened and narrowed by instructions, not by calls into a library."""
+        needs = {
+            "x86_64": ("f16c", "avx512fp16"),
+            "aarch64": (),
+            "riscv64": ("zfhmin", "zfh"),
+            "riscv32": ("zfhmin", "zfh"),
+        }
+        needed = needs.get(self.arch)
+        return needed is not None and (not needed or not self.features.isdisjoint(needed))
+
     @staticmethod
     def from_target(target: Target) -> Machine:
         """The machine behind an LLVM target; a GPU target gives the machine of its host. Raises TargetError."""

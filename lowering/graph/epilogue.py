@@ -9,7 +9,7 @@ import numpy as np
 from tvm import relax
 
 from ..epilogue import EpilogueOp
-from ..problem import DTYPES, ConvProblem, DenseProblem
+from ..problem import DTYPES, ConvProblem, DenseProblem, Problem, TransposedConvProblem
 from ._epilogue_steps import next_step
 from ._rewrite import Expr, Graph, array_of, dtype_of, int_list, is_const, is_tensor, op_name, shape_of
 from .gather_epilogues import LAYER_ATTR, inner_permutes, is_layer, is_transpose, way_out
@@ -25,15 +25,10 @@ class LayerSite:
     `weight` is the constant as O, taps, I (`[M, C]` for a fully connected layer), or the index of a parameter of that
     layout. Entries of `operands` are vectors of length M in the layer's type, or indices of parameters of the output's
     shape.
-
-    A transposed convolution (`transposed`) is described by the convolution that it is the transpose of: `problem` reads
-    what the layer writes (`problem.c` and `problem.size` are the layer's output channels and size) and writes what the
-    layer reads (`problem.m`, `problem.out_size`); `weight` is that convolution's, O the layer's input channels.
     """
 
     name: str
-    problem: ConvProblem | DenseProblem
-    transposed: bool
+    problem: Problem
     data: int
     weight: np.ndarray | int
     epilogue: tuple[EpilogueOp, ...]
@@ -44,11 +39,21 @@ class LayerSite:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    problem: ConvProblem | DenseProblem
+    problem: Problem
     data: Expr
     weight: Expr
     order: tuple[int, ...]
     """The order that brings the axes of `weight` to O, taps, I."""
+
+    def constant_weight(self) -> np.ndarray:
+        """A constant weight as O, taps, I. That of a transposed convolution has only M/g on its axis O and all of C on
+        I, one group after the other."""
+        array = array_of(self.weight).transpose(self.order)
+        if not isinstance(self.problem, TransposedConvProblem) or self.problem.groups == 1:
+            return array
+        p = self.problem
+        grouped = array.reshape(p.m_group, *p.kernel, p.groups, p.c_group)
+        return np.moveaxis(grouped, -2, 0).reshape(p.m, *p.kernel, p.c_group)
 
 
 def describe_layer(func: relax.Function) -> LayerSite | None:
@@ -71,7 +76,7 @@ def describe_layer(func: relax.Function) -> LayerSite | None:
         return None
     weight: np.ndarray | int
     if is_const(layer.weight):
-        weight = array_of(layer.weight).transpose(layer.order)
+        weight = layer.constant_weight()
     elif layer.order == tuple(range(len(layer.order))):
         weight = index[layer.weight]
     else:
@@ -90,7 +95,6 @@ def describe_layer(func: relax.Function) -> LayerSite | None:
     return LayerSite(
         str(attrs[LAYER_ATTR]),
         layer.problem,
-        op_name(graph.defs[anchor]).endswith("_transpose"),
         index[layer.data],
         weight,
         tuple(epilogue),
@@ -164,14 +168,15 @@ def _transposed(graph: Graph, anchor: Expr) -> _Layer | None:
     n, c, *size = shape_of(value.args[0])
     if shape_of(data) != (n, *size, c) or int_list(inside.attrs.axes) != [0, len(size) + 1, *range(1, len(size) + 1)]:
         return None
-    kernel = str(attrs.kernel_layout)
-    order = tuple(kernel.index(letter) for letter in ("I", *str(attrs.data_layout)[2:], "O"))
-    taps = [shape_of(weight)[i] for i in order[1:-1]]
-    dims, padding = len(size), int_list(attrs.padding)
-    out = shape_of(anchor)
-    strides, dilation = int_list(attrs.strides), int_list(attrs.dilation)
-    problem = ConvProblem(
-        *(n, out[1], c, tuple(out[2:]), tuple(taps), tuple(strides)),
-        *(tuple(padding[:dims]), tuple(padding[dims:]), tuple(dilation), int(attrs.groups), dtype_of(data)),
+    kernel, padding = str(attrs.kernel_layout), int_list(attrs.padding)
+    order = tuple(kernel.index(letter) for letter in ("O", *str(attrs.data_layout)[2:], "I"))
+    if not is_const(weight) or min(padding) < 0:
+        return None
+    taps = tuple(shape_of(weight)[i] for i in order[1:-1])
+    dims, (_, m, *out) = len(size), shape_of(anchor)
+    strides, dilation, extra = (tuple(int_list(a)) for a in (attrs.strides, attrs.dilation, attrs.output_padding))
+    problem = TransposedConvProblem(
+        *(n, c, m, tuple(size), taps, strides, tuple(padding[:dims]), tuple(padding[dims:])),
+        *(dilation, extra, int(attrs.groups), dtype_of(data)),
     )
-    return _Layer(problem, data, weight, order) if problem.out_size == tuple(size) else None
+    return _Layer(problem, data, weight, order) if problem.out_size == tuple(out) else None

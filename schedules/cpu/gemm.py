@@ -7,7 +7,8 @@ column of the tile) and knows nothing else of what is computed.
   2. parallel over the outer loops, as many as it takes to feed every core
   3. the accumulators go to a local buffer, which LLVM keeps in registers once every index is constant
   4. the consumer (epilogue and store) is computed at the tile, from the registers
-  5. a partial last tile is split off by loop partitioning, so that full tiles carry no condition
+  5. a partial last tile is split off by loop partitioning, so that full tiles carry no condition; likewise the end of a
+     reduction axis that some outer rows do not run to (`gemmify.ragged`)
 
 Needs `mr (nr / lanes) + nr / lanes + 1` vector registers: 14 x 32 float32 uses 31 of AVX-512's 32.
 """
@@ -23,6 +24,8 @@ from tvm import s_tir
 from ..machine import Machine
 
 AXES_ANNOTATION = "gemmify.axes"
+ROWS_ANNOTATION = "gemmify.rows"
+RAGGED_ANNOTATION = "gemmify.ragged"
 
 # Waking the other cores and waiting for them takes a few microseconds: a GEMM of fewer cycles runs on one core.
 PARALLEL_CYCLES = 12_000
@@ -71,7 +74,8 @@ def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Gemm
     consumer = consumers[0]
     dtype = str(sch.get(block).writes[0].source.dtype)
     lanes = machine.lanes(dtype)
-    inner = _consumer_inner(sch, consumer)
+    notes = sch.get(block).annotations
+    inner = int(notes[ROWS_ANNOTATION]) if ROWS_ANNOTATION in notes else _consumer_inner(sch, consumer)
 
     by_letter, reduction = tile_loops(sch, block, axes)
     partial = _extent(sch, by_letter["t"][0]) * _extent(sch, by_letter["i"][0]) != inner
@@ -90,6 +94,8 @@ def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Gemm
         at = shared = sch.fuse(*order, *by_letter["t"])
     if cycles > PARALLEL_CYCLES:
         sch.parallel(shared)
+    for loop in reduction[: int(notes.get(RAGGED_ANNOTATION, 0))]:
+        sch.annotate(loop, "pragma_loop_partition_hint", True)
     # 3. accumulators in registers
     sch.set_scope(block, 0, "local")
     # 4. epilogue from registers

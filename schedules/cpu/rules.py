@@ -1,6 +1,7 @@
 """The schedule of a CPU function: an ordered list of rules by structure and annotation, the fallback last.
 
-    1. blocks annotated as chains, with or without a GEMM between them (staged.py), or as a GEMM (gemm.py);
+    1. blocks annotated as a copy, with or without the GEMM that reads it (blocked.py), as chains, with or without a
+       GEMM between them (staged.py), as sweeps (sweep.py), or as a GEMM (gemm.py);
     2. anything else: inline what only maps elements (inline.py); then from the last block to the first a reduction with
        its neighbours (reduction.py), else an elementwise block (elementwise.py); lower to loops, cut conditions out of
        the inner loops and vectorise them (vectorize.py);
@@ -19,6 +20,8 @@ from tvm.s_tir import ScheduleError
 from tvm.tirx import PrimFunc
 
 from ..machine import Machine
+from .accumulate import schedule_accumulate
+from .blocked import find_copy_block, merge_unblock, schedule_blocked
 from .blocks import BlockInfo, root_blocks
 from .chain import find_chain_blocks
 from .elementwise import schedule_elementwise
@@ -27,6 +30,7 @@ from .gemm import find_gemm_block, schedule_gemm
 from .inline import inline_producers
 from .reduction import group_of, root_reduction, schedule_group, split_off_result
 from .staged import schedule_staged
+from .sweep import find_sweeps, schedule_sweeps
 from .tir_tools import in_root_block, lower_blocks
 from .vector_math import rewrite_math
 from .vectorize import vectorize
@@ -66,13 +70,21 @@ def schedule_module(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
 
 def _annotated(func: PrimFunc, machine: Machine) -> PrimFunc | None:
     """Rule 1; None for a function without the annotations."""
+    if (summed := schedule_accumulate(func, machine)) is not None:
+        return rewrite_math(summed)
     sch = s_tir.Schedule(func, error_render_level="none")
+    merge_unblock(sch)
     gemm, chains = find_gemm_block(sch), find_chain_blocks(sch)
+    if (copy := find_copy_block(sch)) is not None:
+        return rewrite_math(schedule_blocked(sch, copy, gemm, machine))
+    sweeps = find_sweeps(sch)
+    for sweep in sweeps:
+        schedule_sweeps(sch, sweep, machine)
     if chains:
         schedule_staged(sch, chains, gemm, machine)
     elif gemm is not None:
         schedule_gemm(sch, gemm, machine)
-    else:
+    elif not sweeps:
         return None
     return rewrite_math(sch.mod["main"])
 
