@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gemmify.bench import header, render, render_markdown, run_suite, shapes, suites
+from gemmify.bench import header, render, render_markdown, run_suite, shapes, suites, turns
 from gemmify.errors import InputError
 from lowering import DenseProblem, Problem, conv2d
 from schedules import parse_target
@@ -108,11 +108,11 @@ def test_what_is_bound_by_memory(suite: str, problem: Problem, bound: str | None
 
 def test_burst_makes_measurements_long_enough_and_few_enough() -> None:
     for once in (1e-7, 1e-6, 4e-5, 6e-5, 1e-3, 0.5, 5.0):
-        runs, calls = suites.burst(once, 15)
-        assert (calls > 1) == (once < suites.SMALL_SECONDS)
-        assert runs >= 1 and runs * calls * once * suites.ROUNDS <= suites.ROUNDS * max(once, suites.MAX_SECONDS)
+        runs, calls = turns.burst(once, 15)
+        assert (calls > 1) == (once < turns.SMALL_SECONDS)
+        assert runs >= 1 and runs * calls * once * turns.ROUNDS <= turns.ROUNDS * max(once, turns.MAX_SECONDS)
         if once < 1e-2:
-            assert runs * suites.ROUNDS >= 15 and runs * calls * once * suites.ROUNDS >= suites.MIN_SECONDS
+            assert runs * turns.ROUNDS >= 15 and runs * calls * once * turns.ROUNDS >= turns.MIN_SECONDS
 
 
 def test_lowerings_of_a_layer_take_turns() -> None:
@@ -127,8 +127,8 @@ def test_lowerings_of_a_layer_take_turns() -> None:
             return [1e-3] * repeat
 
     kernels: dict[str, Callable[[], object]] = {name: Kernel(name) for name in "ab"}
-    found = suites.measure_in_turn(kernels, 10)
-    assert "".join(log) == "ab" + "abbaabbaab"
+    found = turns.measure_in_turn(kernels, 10)
+    assert "".join(log) == "aabb" + "abbaabbaab"
     assert found["a"]["runs"] == found["b"]["runs"] >= 10 and found["a"]["calls"] == 1
 
 

@@ -9,13 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemmify.bench.lowerings import run_lowerings
     from gemmify.bench.network import run_model
     from gemmify.bench.report import peers_report, render, render_markdown
     from gemmify.bench.suites import run_suite
 
-__all__ = ["peers_report", "render", "render_markdown", "run_model", "run_suite"]
+__all__ = ["peers_report", "render", "render_markdown", "run_lowerings", "run_model", "run_suite"]
 
 _HOMES = {
+    "run_lowerings": "lowerings",
     "run_model": "network",
     "run_suite": "suites",
     "peers_report": "report",

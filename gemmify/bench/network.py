@@ -43,6 +43,7 @@ def run_model(
     repeat: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     lowering: Any = "auto",
+    max_error: float | None = None,
     target: Any = "llvm",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -66,7 +67,9 @@ def run_model(
     progress(f"peak {peaks[0]:.0f} GFLOP/s, memory read {bandwidth['read']:.1f} GB/s, {threads} threads")
     with tempfile.TemporaryDirectory(prefix="gemmify-bench-") as folder:
         begin = time.perf_counter()
-        compiled = gemmify.compile(model, target=target, lowering=lowering, shapes=shapes, threads=threads)
+        compiled = gemmify.compile(
+            model, target=target, lowering=lowering, max_error=max_error, shapes=shapes, threads=threads
+        )
         inputs = random_inputs(compiled.inputs)
         files = {OURS: Path(compiled.export(Path(folder) / "ours.so"))}
         progress(f"{compiled.manifest.model} compiled in {time.perf_counter() - begin:.1f} s")

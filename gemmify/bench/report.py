@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from gemmify.bench.header import SCHEMA, header
+from gemmify.bench.lowerings_report import lowerings_parts
 from gemmify.bench.network import run_model
 from gemmify.bench.peers import OURS, check_peers
 from gemmify.bench.rounds import IDLE_LIMIT
+from gemmify.bench.sections import Part, Section, gemm_text, markdown_table, milliseconds, percent, rich_table
 from gemmify.errors import InputError
 from gemmify.frontend import import_model
 from gemmify.measure import geomean
@@ -25,40 +25,26 @@ from gemmify.zoo import ZOO
 BUSY_SHARE = 0.8  # a peak this far below the run's best says that something else had the cores
 
 
-@dataclass(frozen=True)
-class Section:
-    """A table of a result: a title, headings, and rows of text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def numeric(self, index: int) -> bool:
-        """Whether a column holds numbers (and gaps), and is set flush right."""
-        cells = [row[index] for row in self.rows if row[index] != "-"]
-        return index > 0 and bool(cells) and all(cell[:1].isdigit() and "x" not in cell for cell in cells)
-
-
-Part = str | Section
-
-
 def render(result: Mapping[str, Any]) -> RenderableType:
-    """A rich renderable of what `run_suite`, `run_model` or `peers_report` returned. Raises InputError for another."""
-    return Group(*(Text(part) if isinstance(part, str) else _table(part) for part in _parts(result)))
+    """A rich renderable of what `run_suite`, `run_lowerings`, `run_model` or `peers_report` returned.
+
+    Raises InputError for another.
+    """
+    return Group(*(Text(part) if isinstance(part, str) else rich_table(part) for part in _parts(result)))
 
 
 def render_markdown(result: Mapping[str, Any]) -> str:
     """The same as Markdown, with the command that made it. Raises InputError where `render` does."""
     if result.get("kind") == "peers":
         return str(result["markdown"])
-    parts = [part if isinstance(part, str) else _markdown_table(part) for part in _parts(result)]
+    parts = [part if isinstance(part, str) else markdown_table(part) for part in _parts(result)]
     return "\n\n".join([*parts, f"Made by `{result['command']}`."])
 
 
 def _parts(result: Mapping[str, Any]) -> list[Part]:
     if result.get("schema") != SCHEMA:
         raise InputError(f"this is not a benchmark result: schema {SCHEMA} is required, found {result.get('schema')!r}")
-    body = {"suite": _suite, "model": _model, "peers": _peers}.get(str(result["kind"]))
+    body = {"suite": _suite, "model": _model, "peers": _peers, "lowerings": lowerings_parts}.get(str(result["kind"]))
     if body is None:
         raise InputError(f"a benchmark result of kind {result['kind']!r} is not known")
     return [*_machine_lines(result), *body(result)]
@@ -75,35 +61,6 @@ def _machine_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _table(section: Section) -> Table:
-    table = Table(title=section.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, heading in enumerate(section.columns):
-        table.add_column(heading, justify="right" if section.numeric(index) else "left", overflow="fold")
-    for row in section.rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a layer's name may hold square brackets
-    return table
-
-
-def _markdown_table(section: Section) -> str:
-    marks = ["---:" if section.numeric(index) else "---" for index in range(len(section.columns))]
-    rows = [list(section.columns), marks, *([cell.replace("|", "\\|") for cell in row] for row in section.rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([f"**{section.title}**", "", *lines] if section.title else lines)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}" if seconds >= 1e-4 else f"{seconds * 1e3:.4f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _gemm(row: Mapping[str, Any]) -> str:
-    gemm = "x".join(map(str, row["gemm"])) if row.get("gemm") else "-"
-    return f"{row['count']} of {gemm}" if row.get("count", 1) > 1 else gemm
-
-
 def _suite(result: Mapping[str, Any]) -> list[Part]:
     compute, memory, out = [], [], []
     # Two keys may come to the same lowering ("auto", "plain"): it is shown once.
@@ -112,13 +69,13 @@ def _suite(result: Mapping[str, Any]) -> list[Part]:
             out.append((row["name"], row["lowering"], row["reason"]))
             continue
         first = (row["name"], row["lowering"])
-        times = (_time(row["best"]), _time(row["median"]), f"{row['gflops']:.1f}")
+        times = (milliseconds(row["best"]), milliseconds(row["median"]), f"{row['gflops']:.1f}")
         if "bound" in row:
-            rates = (size(row["bytes"]), f"{row['gbytes']:.1f}", _percent(row["bandwidth_share"]))
+            rates = (size(row["bytes"]), f"{row['gbytes']:.1f}", percent(row["bandwidth_share"]))
             memory.append((*first, row["bound"], *times, *rates))
         else:
-            shares = (_percent(row["peak_share"]), _percent(row["peak_share_median"]))
-            compute.append((*first, _gemm(row), *times, *shares))
+            shares = (percent(row["peak_share"]), percent(row["peak_share_median"]))
+            compute.append((*first, gemm_text(row), *times, *shares))
     columns = ("layer", "lowering", "GEMM m x n x k", "best ms", "median ms", "GFLOP/s", "of peak", "median of peak")
     bound = ("layer", "lowering", "bound by", "best ms", "median ms", "GFLOP/s", "bytes", "GB/s", "of memory read")
     chosen = "" if result["shapes"] == result["of"] else f" ({result['shapes']} of its {result['of']} shapes)"
@@ -145,9 +102,9 @@ def _mean_lines(result: Mapping[str, Any]) -> list[Part]:
     for key, mean in result["geomean"].items():
         if mean is not None:
             median = result["geomean_median"][key]
-            lines.append(f"geometric mean of the peak, {key}: {_percent(mean)} (medians: {_percent(median)})")
+            lines.append(f"geometric mean of the peak, {key}: {percent(mean)} (medians: {percent(median)})")
         if (memory := result["geomean_bandwidth"][key]) is not None:
-            lines.append(f"geometric mean of memory read, {key}, rows bound by memory: {_percent(memory)}")
+            lines.append(f"geometric mean of memory read, {key}, rows bound by memory: {percent(memory)}")
     return lines
 
 
@@ -158,9 +115,9 @@ def _model(result: Mapping[str, Any]) -> list[Part]:
         rows.append(
             (
                 f"{name} {engine['version']}",
-                *(_time(engine[key]) for key in ("best", "median", "p90")),
+                *(milliseconds(engine[key]) for key in ("best", "median", "p90")),
                 f"{engine['gflops']:.1f}",
-                _percent(engine["peak_share"]),
+                percent(engine["peak_share"]),
                 f"{engine['ratio']:.2f}",
                 f"{engine['ratio_best']:.2f}",
                 "-" if name == OURS else "not finite" if relative is None else f"{relative:.1e}",
@@ -169,13 +126,13 @@ def _model(result: Mapping[str, Any]) -> list[Part]:
         notes += _warnings(name, engine, result["tolerance"])
     columns = ("engine", "best ms", "median ms", "p90 ms", "GFLOP/s", "of peak", "x ours", "best x ours", "difference")
     title = f"{result['model']['name']}: {result['model']['macs'] / 1e9:.2f} G multiply-adds"
-    kind_rows = [(k["kind"], str(k["calls"]), _time(k["seconds"]), _percent(k["share"])) for k in result["kinds"]]
+    kind_rows = [(k["kind"], str(k["calls"]), milliseconds(k["seconds"]), percent(k["share"])) for k in result["kinds"]]
     return [
         Section(title, columns, rows),
         *notes,
         Section("ours, by layer", LAYER_COLUMNS, [_layer_row(row) for row in result["layers"]]),
         Section("ours, by kind of kernel", ("kind", "calls", "ms", "share"), kind_rows),
-        f"convolutions and fully connected layers take {_percent(result['conv_fc_share'])} of our time",
+        f"convolutions and fully connected layers take {percent(result['conv_fc_share'])} of our time",
     ]
 
 
@@ -183,7 +140,7 @@ LAYER_COLUMNS = ("layer", "problem", "lowering", "ms", "share", "GFLOP/s", "of p
 
 
 def _layer_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    rates = (_time(row["seconds"]), _percent(row["share"]), f"{row['gflops']:.1f}", _percent(row["peak_share"]))
+    rates = (milliseconds(row["seconds"]), percent(row["share"]), f"{row['gflops']:.1f}", percent(row["peak_share"]))
     return (row["name"], problem_text(row["problem"]) or "-", row["lowering"] or "-", *rates)
 
 
@@ -204,6 +161,7 @@ def peers_report(
     repeat: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     lowering: Any = "auto",
+    max_error: float | None = None,
     target: Any = "llvm",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -221,6 +179,7 @@ def peers_report(
         if isinstance(model, str) and model not in ZOO and not Path(model).is_file():
             import_model(model, shapes)
     options = {"peers": peers, "threads": threads, "repeat": repeat, "lowering": lowering, "target": target}
+    options["max_error"] = max_error
 
     def run(model: Any) -> dict[str, Any]:
         return run_model(model, shapes=shapes, progress=lambda line: progress(f"{model}: {line}"), **options)
@@ -263,7 +222,7 @@ def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The table of a peers report in Markdown, with the machine and the command below it."""
-    return "\n\n".join(part if isinstance(part, str) else _markdown_table(part) for part in _peers(report))
+    return "\n\n".join(part if isinstance(part, str) else markdown_table(part) for part in _peers(report))
 
 
 def _peers(report: Mapping[str, Any]) -> list[Part]:
@@ -274,7 +233,8 @@ def _peers(report: Mapping[str, Any]) -> list[Part]:
     lines = []
     for row in rows:
         times = [
-            f"{_time(row['medians'][n])} / {_time(row['bests'][n])}" if n in row["medians"] else "-" for n in names
+            f"{milliseconds(row['medians'][n])} / {milliseconds(row['bests'][n])}" if n in row["medians"] else "-"
+            for n in names
         ]
         ratio = "-" if row["speedup"] is None else f"{row['speedup']:.2f} / {row['speedup_best']:.2f}"
         shares = [f"{100 * row['peak_share']:.0f} %", f"{100 * row['conv_fc_share']:.0f} %"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -21,6 +21,9 @@ _GEMMS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "fc": ((256, 192, 1152),),  # the worked example of Warden 2015
     "odd": ((31, 37, 41), (97, 101, 103), (251, 257, 263), (509, 521, 523)),
 }
+
+
+LOWERING_NETWORKS = ("alexnet", "vgg16", "googlenet", "resnet50")
 
 
 class _Recorder(Builder):
@@ -51,11 +54,11 @@ def network_convolutions(network: str) -> dict[str, ConvProblem]:
     return recorder.found
 
 
-def layers_suite() -> dict[str, ConvProblem]:
-    """Every distinct convolution of the zoo, under its first name `network:layer`."""
+def layers_suite(networks: Iterable[str] = tuple(ZOO)) -> dict[str, ConvProblem]:
+    """Every distinct convolution of the zoo, or of some of its networks, under its first name `network:layer`."""
     suite: dict[str, ConvProblem] = {}
     seen: set[ConvProblem] = set()
-    for network in ZOO:
+    for network in networks:
         for layer, problem in network_convolutions(network).items():
             if problem not in seen:
                 seen.add(problem)
@@ -68,7 +71,27 @@ def gemm_suite() -> dict[str, DenseProblem]:
     return {f"{kind}:{m}x{n}x{k}": DenseProblem(m, k, n) for kind, sizes in _GEMMS.items() for m, n, k in sizes}
 
 
-SUITES: dict[str, Callable[[], Mapping[str, Problem]]] = {"layers": layers_suite, "gemm": gemm_suite}
+def lowerings_suite() -> dict[str, ConvProblem]:
+    """Every distinct convolution of the networks that the literature measures, named as in the suite `layers`."""
+    return layers_suite(LOWERING_NETWORKS)
+
+
+def representatives(shapes: Mapping[str, Problem]) -> dict[str, Problem]:
+    """One layer a network, kernel, stride and output size: that with the most multiply-adds, the first of equals."""
+    most: dict[tuple[object, ...], str] = {}
+    for name, problem in shapes.items():
+        window = (problem.kernel, problem.stride, problem.out_size) if isinstance(problem, ConvProblem) else (name,)
+        kind = (name.partition(":")[0], *window)
+        if kind not in most or problem.macs > shapes[most[kind]].macs:
+            most[kind] = name
+    return {name: problem for name, problem in shapes.items() if name in most.values()}
+
+
+SUITES: dict[str, Callable[[], Mapping[str, Problem]]] = {
+    "layers": layers_suite,
+    "gemm": gemm_suite,
+    "lowerings": lowerings_suite,
+}
 
 
 def select_shapes(suite: str, layer: str | None = None) -> dict[str, Problem]:

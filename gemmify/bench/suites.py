@@ -13,6 +13,7 @@ from tvm.target import Target
 from gemmify import measure
 from gemmify.bench.header import header
 from gemmify.bench.shapes import select_shapes
+from gemmify.bench.turns import measure_in_turn
 from gemmify.errors import CheckError, InputError
 from gemmify.layer import LayerKernel, compile_layer
 from gemmify.select import Policy, choose
@@ -29,11 +30,6 @@ PLAIN_KEYS = ("dense", "pointwise", "depthwise", "implicit-gemm")
 """`plain` takes the first of these that applies: they do the definition's multiply-adds, so the peak is their limit."""
 DEFAULT_REPEAT = 15
 QUICK_REPEAT, QUICK_SHAPES = 5, 12
-ROUNDS = 5  # turns that each lowering of a layer gets
-SMALL_SECONDS = 50e-6  # calls shorter than this are timed several at once ...
-MEASURE_SECONDS = 500e-6  # ... so many that one measurement takes this long
-MIN_SECONDS = 0.03  # a layer of microseconds is measured more often than asked, until its best time is steady
-MAX_SECONDS = 3.0  # and one of seconds (the definition itself) less often
 
 Report = Callable[[str], None]
 
@@ -62,6 +58,8 @@ def run_suite(
     `bound`, `bytes` (input, weight and output once each) and `bandwidth_share`, and is not in `geomean`; a lowering
     that does not apply has a `reason` instead. Raises InputError for an unknown suite, layer, lowering or target.
     """
+    if suite == "lowerings":
+        raise InputError("the suite 'lowerings' compares all lowerings: call run_lowerings")
     keys = _checked(lowerings)
     threads = threads or default_threads()
     measure.set_threads(threads)
@@ -128,7 +126,7 @@ def _measure(name: str, problem: Problem, keys: Sequence[str], target: Target, r
     for key in keys:
         lowering = resolve_key(key, name, problem, target)
         row: dict[str, Any] = {"name": name, "asked": key, "problem": asdict(problem), "macs": problem.macs}
-        row["op"] = f"conv{problem.dims}d" if isinstance(problem, ConvProblem) else "dense"
+        row["op"] = problem.op
         row["lowering"] = lowering.key
         rows.append(row)
         if (reason := lowering.applicable(problem)) is not None:
@@ -156,32 +154,6 @@ def _bind(kernel: LayerKernel, problem: Problem) -> None:
 
     data = draw(activation_shape(problem, kernel.kernels.lowering.layout))
     kernel.bind(data, draw(weight_shape(problem)), [draw((problem.m,))])
-
-
-def measure_in_turn(kernels: Mapping[str, LayerKernel], repeat: int) -> dict[str, dict[str, Any]]:
-    """`{key: {best, median, p90, runs, calls}}` of bound kernels, at least `repeat` runs each, `calls` calls in a run.
-
-    Each round gives every kernel one burst, odd rounds in the opposite order, so that a drift of the clock falls on
-    all alike; the first call of a burst is not counted.
-    """
-    sizes = {}
-    for key, kernel in kernels.items():
-        once = max(min(kernel.time(repeat=3, warmup=1)), 1e-7)
-        sizes[key] = burst(once, repeat)
-    times: dict[str, list[float]] = {key: [] for key in kernels}
-    for index in range(ROUNDS):
-        for key in list(kernels) if index % 2 == 0 else reversed(list(kernels)):
-            runs, calls = sizes[key]
-            times[key] += kernels[key].time(repeat=runs, warmup=1, number=calls)
-    return {key: {**measure.summarize(found), "calls": sizes[key][1]} for key, found in times.items()}
-
-
-def burst(once: float, repeat: int) -> tuple[int, int]:
-    """(measurements in a round, calls in a measurement) for a layer that takes `once` seconds."""
-    calls = math.ceil(MEASURE_SECONDS / once) if once < SMALL_SECONDS else 1
-    wanted = max(repeat, min(2000, math.ceil(MIN_SECONDS / (once * calls))))
-    bounded = min(wanted, math.ceil(MAX_SECONDS / (once * calls)))
-    return max(1, math.ceil(bounded / ROUNDS)), calls
 
 
 def _compare(row: dict[str, Any], problem: Problem, peak: float) -> None:

@@ -6,7 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import CheckError, InputError
+
+LOWERINGS = "lowerings"  # the suite that compares them
+SHOWN = 4
+"""Failures that the error names; the table has all."""
 
 
 def execute(
@@ -18,18 +22,29 @@ def execute(
     quick: bool = False,
     peers: Sequence[str] = (),
     shapes: dict[str, tuple[int, ...]] | None = None,
+    picture: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The result of `bench.run_suite` for a suite, of `bench.run_model` for a model, of `peers_report` for several.
+    """The result of `bench.run_lowerings` or `bench.run_suite` for a suite, of `bench.run_model` for a model, of
+    `peers_report` for several.
 
-    `options` are `target`, `threads` and `repeat`. Lines of progress go to stderr.
+    `options` are `target`, `threads` and `repeat`, for models `max_error`. Lines of progress go to stderr. `picture` is
+    the file that the suite `lowerings` is drawn to.
     """
     if bool(models) == (suite is not None):
-        raise InputError("bench takes either MODELs or --suite NAME (gemm or layers)")
+        raise InputError("bench takes either MODELs or --suite NAME (layers, gemm or lowerings)")
     if models and (layer or quick):
         raise InputError(f"{'--layer' if layer else '--quick'} belongs to --suite; leave it out for a model")
-    if suite is not None and (peers or shapes):
-        raise InputError(f"{'--peers' if peers else '--shape'} belongs to a model; leave it out for a suite")
+    of_models = {"--peers": peers, "--shape": shapes, "--max-error": options.get("max_error")}
+    if suite is not None and any(of_models.values()):
+        given = next(name for name, value in of_models.items() if value)
+        raise InputError(f"{given} belongs to a model; leave it out for a suite")
+    if picture is not None:
+        if suite != LOWERINGS:
+            raise InputError("--picture belongs to --suite lowerings; leave it out")
+        from ..bench.picture import check_picture
+
+        check_picture(picture)  # before minutes of work, not after
     from ..threads import import_tvm
 
     import_tvm(compiler=True)
@@ -40,9 +55,31 @@ def execute(
         if isinstance(lowering, dict):
             raise InputError("the layers of a suite take keys, not LAYER=KEY: write --lowering KEY,KEY")
         keys = lowering.split(",") if lowering else None
-        return bench.run_suite(suite, layer=layer, lowerings=keys, quick=quick, **options)
+        options |= {"layer": layer, "lowerings": keys, "quick": quick}
+        return _run_lowerings(picture, options) if suite == LOWERINGS else bench.run_suite(suite, **options)
     options |= {"peers": peers, "shapes": shapes, "lowering": lowering or "auto"}
     return bench.run_model(models[0], **options) if len(models) == 1 else bench.peers_report(models, **options)
+
+
+def _run_lowerings(picture: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    from .. import bench
+
+    result = bench.run_lowerings(**options)
+    if picture is not None and not any(row["right"] for row in result["rows"]):
+        _say("no picture: no lowering gave a right result")
+    elif picture is not None:
+        from ..bench.picture import write_picture
+
+        write_picture(result, picture)
+    return result
+
+
+def check(result: dict[str, Any]) -> None:
+    """CheckError where a lowering of the suite `lowerings` failed, was wrong, or does not allocate what it says."""
+    if failures := result.get("failures"):
+        named = dict.fromkeys(f"{failure['lowering']} on {failure['name']}" for failure in failures)
+        shown = ", ".join(list(named)[:SHOWN]) + (f" and {len(named) - SHOWN} more" if len(named) > SHOWN else "")
+        raise CheckError(f"{shown}: {failures[0]['what']}")
 
 
 def _say(line: str) -> None:
