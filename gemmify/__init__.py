@@ -20,6 +20,10 @@ from .errors import CheckError, GemmifyError, GemmifyWarning, IncompatibleError,
 if TYPE_CHECKING:
     from os import PathLike
 
+    from lowering import ConvProblem, DenseProblem, Lowering, Problem
+
+    from .conformance import Conformance
+    from .gradients import ConvGradients
     from .runtime import Model
 
 __version__ = "0.1.0"
@@ -33,7 +37,9 @@ __all__ = [
     "Model",
     "UnsupportedError",
     "__version__",
+    "check_lowering",
     "compile",
+    "conv_gradients",
     "load",
 ]
 
@@ -48,6 +54,7 @@ def compile(
     plan: Any = None,
     threads: int | None = None,
     max_workspace: int | str | None = None,
+    max_error: float | str | None = None,
     progress: Callable[[str, float], None] | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Model:
@@ -57,6 +64,7 @@ def compile(
     that the key does not fit is an error instead of taking another one. `shapes` fixes the input shapes, `threads` is
     the number of CPU threads that the code is made for and runs with (default: the physical cores this process may
     use), `max_workspace` bounds the scratch memory of a layer (bytes, or text such as "64KiB"),
+    `max_error` the expected error of a layer relative to its largest output (default 1e-3),
     `progress(stage, seconds)` is told each stage.
     Raises InputError or UnsupportedError for a wrong call or model, GemmifyError where the work fails.
     """
@@ -71,9 +79,49 @@ def compile(
         shapes=shapes,
         plan=plan,
         max_workspace=max_workspace,
+        max_error=max_error,
         progress=progress,
         dump_dir=dump_dir,
     )
+
+
+def check_lowering(
+    lowering: Lowering, problems: Sequence[Problem] | None = None, *, target: Any = "llvm", count: int = 24
+) -> Conformance:
+    """Compile `lowering` for random layers (or for `problems`), and hold numbers and bytes against what it promises.
+
+    For a lowering from outside the package, before or after `lowering.register`. Raises CheckError that names what
+    fails; see `gemmify.conformance.check_lowering`.
+    """
+    from .threads import import_tvm
+
+    import_tvm(compiler=True)
+    from .conformance import check_lowering as check
+
+    return check(lowering, problems, target=target, count=count)
+
+
+def conv_gradients(
+    problem: ConvProblem | DenseProblem,
+    lowering: str | Mapping[str, str] = "implicit-gemm",
+    target: Any = "llvm",
+    threads: int | None = None,
+) -> ConvGradients:
+    """Compile the gradients of a layer by its input and by its weight, as functions of numpy arrays, channels last.
+
+        g = gemmify.conv_gradients(lowering.conv2d(64, 56, 56, 128, 3))     # C, H, W, M, K
+        dI = g.input(dO, W)       # (N, H, W, C) from (N, Ho, Wo, M) and (M, K, K, C)
+        dW = g.weight(dO, I)      # (M, K, K, C) from (N, Ho, Wo, M) and (N, H, W, C)
+
+    `lowering` is "implicit-gemm" or "im2col", or one for each: `{"input": key, "weight": key}`. Raises InputError for a
+    wrong key, for arrays of another shape or dtype, and for a dtype other than float32 and float64.
+    """
+    from .threads import import_tvm
+
+    import_tvm(compiler=True)
+    from .gradients import conv_gradients as compile_gradients
+
+    return compile_gradients(problem, lowering, target, threads)
 
 
 def load(path: str | PathLike[str], threads: int | None = None) -> Model:

@@ -15,181 +15,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import __version__
-from .errors import GemmifyError, InputError
+from .cli_options import add_up, build_parser, chosen_options
+from .errors import GemmifyError
 from .export import check_destination
 from .report import Progress, emit
-from .sizes import parse_size
 
 INTERRUPTED = 130
-_MODEL = "an ONNX file, a .pt2 file, or a name from the zoo (see `gemmify list`)"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise InputError(f"{message}; see `{self.prog} --help`")
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        (file or sys.stderr).write(message)  # argparse drops the error of a full disk
-
-
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, equals, sizes = text.rpartition("=")
-    try:
-        shape = tuple(int(s) for s in sizes.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not equals or not name or not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SIZES, e.g. data=1,3,224,224")
-    return name, shape
-
-
-def _lowering(text: str) -> str | dict[str, str]:
-    if "=" not in text:
-        return text
-    chosen: dict[str, str] = {}
-    for pair in text.split(","):
-        name, equals, key = pair.rpartition("=")
-        if not equals or not name or not key:
-            raise argparse.ArgumentTypeError(f"{pair!r} is not LAYER=KEY; write KEY, or LAYER=KEY,LAYER=KEY")
-        if chosen.setdefault(name, key) != key:
-            raise argparse.ArgumentTypeError(f"layer {name} is given both {chosen[name]} and {key}; leave one out")
-    return chosen
-
-
-def _bench_lowering(text: str) -> str | dict[str, str]:
-    return _lowering(text) if "=" in text else ",".join(_names(text))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME,NAME,...")
-    return names
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except InputError as err:
-        raise argparse.ArgumentTypeError(str(err)) from err
-
-
-def _add_up(given: Sequence[str | dict[str, str]]) -> str | dict[str, str]:
-    """Several --lowering as one; "*" holds the key that goes with LAYER=KEYs. InputError where two contradict."""
-    found: dict[str, str] = {}
-    for value in given:
-        for layer, key in ({"*": value} if isinstance(value, str) else value).items():
-            if found.setdefault(layer, key) != key:
-                whose = "every layer" if layer == "*" else f"layer {layer}"
-                raise InputError(f"--lowering gives {whose} both {found[layer]} and {key}; leave one out")
-    return found["*"] if set(found) == {"*"} else found
-
-
-def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None:
-    parser.add_argument("--target", help='"llvm" is this machine; else e.g. "llvm -mcpu=x86-64-v3"')
-    lowering = "of every layer, or of the named ones; default: auto; several add up"
-    parser.add_argument("--lowering", type=_lowering, action="append", metavar="KEY|LAYER=KEY,...", help=lowering)
-    parser.add_argument("--strict", action="store_true", help="fail where the lowering does not fit a layer")
-    parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
-    parser.add_argument(
-        "--max-workspace", type=_size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 65536 or 1MiB"
-    )
-    parser.add_argument("--plan", metavar="FILE", help="a plan, as `gemmify plan` writes it: layer -> lowering")
-    if dump:
-        parser.add_argument("--dump", metavar="DIR", help="write the module after each stage there")
-
-
-def _bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="*", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--suite", metavar="NAME", help="the layers of a suite instead of models: layers or gemm")
-    parser.add_argument("--layer", metavar="NAME", help="of the suite, this name or pattern, e.g. 'vgg16:*'")
-    parser.add_argument("--quick", action="store_true", help="of the suite, few shapes and few runs")
-    parser.add_argument("--target", help="default: this machine")
-    parser.add_argument("--peers", type=_names, default=(), metavar="NAME,...", help="onnxruntime, openvino, torch")
-    parser.add_argument("--repeat", type=_positive, metavar="N", help="timed runs (default: 40, of a suite 15)")
-    parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
-    lowering = "default: auto for models; for a suite plain (pointwise, depthwise, dense, else implicit-gemm)"
-    parser.add_argument(
-        "--lowering", type=_bench_lowering, action="append", metavar="KEY,...|LAYER=KEY,...", help=lowering
-    )
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-
-
-def _chosen_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `gemmify.compile` that the user gave."""
-    options = {
-        "target": args.target,
-        "lowering": _add_up(args.lowering) if args.lowering else None,
-        "strict": args.strict or None,
-        "shapes": dict(args.shape) if args.shape else None,
-        "max_workspace": args.max_workspace,
-        "plan": args.plan,
-        "dump_dir": getattr(args, "dump", None),
-    }
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
-    parser = _Parser(prog="gemmify", description="Compile a network: every layer becomes the GEMM that suits it.")
-    parser.add_argument("--version", action="version", version=f"gemmify {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-
-    def verb(name: str, summary: str, *, tabular: bool = True, threads: bool = True) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=summary, description=summary)
-        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if tabular:
-            made.add_argument(
-                "--json", metavar="FILE", help='write the result as JSON too ("-": on the standard output)'
-            )
-        if threads:
-            made.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: physical cores)")
-        return made
-
-    verb("list", "the lowerings and the networks of the zoo", threads=False)
-
-    inspect = verb("inspect", "the layers of a model, or of a compiled library", threads=False)
-    inspect.add_argument("model", metavar="MODEL|LIB", help=_MODEL + ", or a library")
-    inspect.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
-
-    plan = verb("plan", "choose the lowering of each layer and write it as a plan; compiles nothing")
-    plan.add_argument("model", metavar="MODEL", help=_MODEL)
-    plan.add_argument("-o", "--output", metavar="PLAN.json", help="default: the model's name with .plan.json")
-    _compile_options(plan, dump=False)
-
-    compile_ = verb("compile", "write a shared library")
-    compile_.add_argument("model", metavar="MODEL", help=_MODEL)
-    compile_.add_argument("-o", "--output", metavar="OUT.so", help="default: the model's name with .so")
-    _compile_options(compile_)
-
-    run = verb("run", "run a library, or a model that is compiled first")
-    run.add_argument("model", metavar="LIB|MODEL", help="a library, " + _MODEL)
-    run.add_argument(
-        "--input", action="append", default=[], metavar="NAME=X.npy|NAME=random|X.npz|random", help="default: random"
-    )
-    run.add_argument("--seed", type=int, default=0, help="of random inputs")
-    run.add_argument("--output", metavar="OUT.npz", help="write the outputs")
-    run.add_argument("--repeat", type=_positive, default=1, metavar="N", help="time N runs")
-    _compile_options(run)
-
-    verify = verb("verify", "compare with ONNX Runtime or a float64 reference")
-    verify.add_argument("model", metavar="MODEL", help=_MODEL)
-    verify.add_argument("library", nargs="?", metavar="LIB", help="a library made from it; else it is compiled")
-    verify.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    verify.add_argument("--reference", default="auto", help="auto, onnxruntime or float64")
-    verify.add_argument("--tolerance", type=float, default=1e-4, help="of the largest absolute output (default 1e-4)")
-    _compile_options(verify)
-
-    bench = verb("bench", "time layers against the machine's limits, or networks against other engines")
-    _bench_options(bench)
-    return parser
 
 
 def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -199,14 +30,16 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
         result = command.execute()
     elif args.verb == "inspect":
         result = command.execute(args.model, dict(args.shape or []) or None)
+    elif args.verb == "explain":
+        result = command.execute(args.model, args.layer, chosen_options(args))
     elif args.verb == "plan":
-        result = command.execute(args.model, args.output, _chosen_options(args) | {"threads": args.threads})
+        result = command.execute(args.model, args.output, chosen_options(args) | {"threads": args.threads})
     elif args.verb == "compile":
         with Progress() as progress:
-            options = _chosen_options(args) | {"threads": args.threads}
+            options = chosen_options(args) | {"threads": args.threads}
             result = command.execute(args.model, args.output, options, progress)
     elif args.verb == "run":
-        options = _chosen_options(args)
+        options = chosen_options(args)
         keywords = {"seed": args.seed, "output": args.output, "repeat": args.repeat, "threads": args.threads}
         result = command.execute(args.model, args.input, options=options, **keywords)
     elif args.verb == "verify":
@@ -216,14 +49,14 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
             "tolerance": args.tolerance,
             "threads": args.threads,
         }
-        result = command.execute(args.model, args.library, options=_chosen_options(args), **keywords)
+        result = command.execute(args.model, args.library, options=chosen_options(args), **keywords)
     else:
-        names = ("layer", "lowering", "quick", "peers", "target", "threads", "repeat")
+        names = ("layer", "lowering", "quick", "peers", "target", "threads", "repeat", "picture", "max_error")
         keywords = {name: getattr(args, name) for name in names} | {"shapes": dict(args.shape or []) or None}
         if args.lowering:
             # A suite takes several keys, and is measured with each of them.
             several = all(isinstance(value, str) for value in args.lowering) and args.suite is not None
-            keywords["lowering"] = ",".join(args.lowering) if several else _add_up(args.lowering)
+            keywords["lowering"] = ",".join(args.lowering) if several else add_up(args.lowering)
         result = command.execute(args.model, args.suite, **keywords)
     return result
 

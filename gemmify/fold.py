@@ -40,9 +40,10 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def evaluate(tensor: te.Tensor, inputs: Mapping[te.Tensor, np.ndarray]) -> np.ndarray:
-    """The value of an elementwise tensor expression (no reductions) on the given arrays, one for each placeholder.
+    """The value of a tensor expression on the given arrays, one for each placeholder.
 
-    Reads outside a tensor are allowed where a condition discards them, as in TVM's `if_then_else`.
+    A reduction is a sum of the product of two tensors, each read at an axis a dimension (or at a constant). Reads
+    outside a tensor are allowed where a condition discards them, as in TVM's `if_then_else`.
     """
     return _compute(tensor, {t: np.asarray(a) for t, a in inputs.items()})
 
@@ -52,7 +53,9 @@ def _compute(tensor: te.Tensor, known: dict[te.Tensor, np.ndarray]) -> np.ndarra
         if other.same_as(tensor):
             return array
     axes, body = tensor.op.axis, tensor.op.body[0]
-    assert not tensor.op.reduce_axis, "a weight stage is elementwise"
+    if tensor.op.reduce_axis:
+        known[tensor] = _contract(tensor, known)
+        return known[tensor]
     extents = [int(axis.dom.extent) for axis in axes]
     stepped = [d for d, axis in enumerate(axes) if extents[d] <= _STEP_EXTENT and _is_asked(body, axis.var)]
     free = [d for d in range(len(axes)) if d not in stepped]
@@ -69,6 +72,41 @@ def _compute(tensor: te.Tensor, known: dict[te.Tensor, np.ndarray]) -> np.ndarra
         out[tuple(where)] = _Expression(at, known, str(tensor.dtype)).value(body)
     known[tensor] = out
     return out
+
+
+def _contract(tensor: te.Tensor, known: dict[te.Tensor, np.ndarray]) -> np.ndarray:
+    """`sum a[..] b[..]` as numpy's tensor product: a matrix product wherever it is one."""
+    (reduce,) = tensor.op.body
+    product = reduce.source[0]
+    assert type(product).__name__ == "Mul", "a weight stage sums products of two tensors only"
+    letters = [*tensor.op.axis, *tensor.op.reduce_axis]
+    arguments: list[Any] = []
+    for factor in (product.a, product.b):
+        load = factor.value if type(factor).__name__ == "Cast" else factor
+        source, *index = load.args
+        array = _compute(source, known).astype(_dtype_of(factor), copy=False)
+        constant = tuple(int(i.value) if type(i).__name__ == "IntImm" else slice(None) for i in index)
+        arguments += [
+            array[constant],
+            [_letter(letters, i) for i in index if type(i).__name__ != "IntImm"],
+        ]
+    read = {letter for letters_of in arguments[1::2] for letter in letters_of}
+    extents = [int(axis.dom.extent) for axis in tensor.op.axis]
+    spatial = range(len(extents))
+    out: np.ndarray = np.einsum(*arguments, [d for d in spatial if d in read], optimize=True)
+    out = out.reshape([extents[d] if d in read else 1 for d in spatial])
+    return np.ascontiguousarray(np.broadcast_to(out, extents), dtype=str(tensor.dtype))
+
+
+def _dtype_of(expr: Any) -> str:
+    return str(expr.ty.dtype)
+
+
+def _letter(axes: list[Any], var: Any) -> int:
+    """The number of an axis among `axes`."""
+    found = [number for number, axis in enumerate(axes) if axis.var.same_as(var)]
+    assert found, f"a weight stage sums products read at single axes only, found {var}"
+    return found[0]
 
 
 def _is_asked(expr: Any, var: Any) -> bool:
@@ -91,6 +129,8 @@ def _children(expr: Any) -> list[Any]:
         return [expr.a, expr.b]
     if kind == "Select":
         return [expr.condition, expr.true_value, expr.false_value]
+    if kind == "Cast":
+        return [expr.value]
     if kind == "Call":
         return [a for a in expr.args if not isinstance(a, te.Tensor)]
     return []
@@ -109,11 +149,13 @@ class _Expression:
         if kind == "IntImm":
             return int(expr.value)
         if kind == "FloatImm":
-            return np.dtype(self.dtype).type(float(expr.value))
+            return np.dtype(_dtype_of(expr)).type(float(expr.value))
         if kind in _BINARY:
             return _BINARY[kind](self.value(expr.a), self.value(expr.b))
         if kind == "Select":
             return self._choose(expr.condition, expr.true_value, expr.false_value)
+        if kind == "Cast":
+            return np.asarray(self.value(expr.value)).astype(_dtype_of(expr), copy=False)
         assert kind == "Call", f"a weight stage holds a {kind}, which folding does not know"
         if expr.op.name == "te.tensor_load":
             tensor, *index = expr.args

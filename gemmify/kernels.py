@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from math import prod
 
 from tvm import te, tirx
 
 from lowering import Lowering, LoweringCost, Problem, Stage, Tile
-from lowering.base import activation_shape, output_shape, weight_shape
+from lowering.base import operand_shapes, output_shape
 from lowering.epilogue import PER_CHANNEL, EpilogueOp, make_epilogue
+from lowering.problem import accumulator, dtype_bytes
 from schedules import Machine, schedule_func
 from schedules.cpu.tile import TileRequest, choose_tile
 
@@ -18,13 +20,20 @@ from schedules.cpu.tile import TileRequest, choose_tile
 @dataclass(frozen=True)
 class Kernel:
     """One stage, scheduled. `reads` names the stages (or `data`, `weight`) that are its first arguments; the output
-    stage also takes the epilogue's operands, then every kernel takes the tensor that it writes, of shape `shape`."""
+    stage also takes the epilogue's operands, then every kernel takes the tensor that it writes, of shape `shape` and of
+    dtype `dtype`: that of the problem, or an integer type for a table of offsets."""
 
     name: str
     reads: tuple[str, ...]
     func: tirx.PrimFunc
     kind: str
     shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor that it writes."""
+        return prod(self.shape) * dtype_bytes(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class LayerKernels:
 
 def tile_request(lowering: Lowering, problem: Problem) -> TileRequest:
     """What the tile model is asked for a lowering of `problem`."""
-    return TileRequest(dtype=problem.dtype, **asdict(lowering.axes(problem)))
+    return TileRequest(dtype=accumulator(problem.dtype), **asdict(lowering.axes(problem)))
 
 
 @lru_cache(maxsize=4096)
@@ -64,12 +73,13 @@ def layer_kernels(
     """
     tile = tile or tile_for(lowering, problem, machine)
     operands = _operand_placeholders(lowering, problem, ops)
-    stages = lowering.build(problem, tile, make_epilogue(ops, operands, lowering.layout))
-    shapes = {"data": activation_shape(problem, lowering.layout), "weight": weight_shape(problem)}
+    stages = lowering.stages(problem, tile, make_epilogue(ops, operands, lowering.layout))
+    given = operand_shapes(problem, lowering.layout)
+    known = {name: (shape, problem.dtype) for name, shape in given.items()}
     kernels = []
     for stage in stages:
-        kernel = _stage_kernel(stage, shapes, problem.dtype, operands if stage.kind == "output" else (), machine)
-        shapes[stage.name] = kernel.shape
+        kernel = _stage_kernel(stage, known, operands if stage.kind == "output" else (), machine)
+        known[stage.name] = (kernel.shape, kernel.dtype)
         kernels.append(kernel)
     return LayerKernels(lowering, problem, tile, lowering.cost(problem, tile), tuple(kernels))
 
@@ -84,16 +94,15 @@ def _operand_placeholders(lowering: Lowering, problem: Problem, ops: Sequence[Ep
 
 def _stage_kernel(
     stage: Stage,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: str,
+    known: dict[str, tuple[tuple[int, ...], str]],
     operands: Sequence[te.Tensor],
     machine: Machine,
 ) -> Kernel:
-    inputs = [te.placeholder(shapes[name], dtype, name=name) for name in stage.reads]
+    inputs = [te.placeholder(*known[name], name=name) for name in stage.reads]
     output = stage.compute(*inputs)
     func = te.create_prim_func([*inputs, *operands, output])
     shape = tuple(int(extent) for extent in output.shape)
     func = schedule_func(func, machine)
     if stage.kind == "workspace":
         func = func.with_attr("gemmify.workspace", 1)
-    return Kernel(stage.name, stage.reads, func, stage.kind, shape)
+    return Kernel(stage.name, stage.reads, func, stage.kind, shape, str(output.dtype))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import tvm
 
-from lowering import LOWERINGS, Lowering, Problem, Tile
-from lowering.base import output_shape
+from lowering import Lowering, Problem, Tile
+from lowering.backward import GradientProblem, lowerings_of
+from lowering.base import operand_shapes, output_shape
 from lowering.epilogue import EpilogueOp
 from schedules import Machine
 
+from .dtypes import require_dtype
 from .errors import InputError
 from .kernels import LayerKernels, layer_kernels
 from .pipeline_build import TIR_PIPELINE
+from .select import suitable
 
 
 @dataclass
@@ -32,19 +36,19 @@ class LayerKernel:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of the workspace tensors that are really allocated."""
-        element = self.kernels.problem.element
-        return sum(int(np.prod(k.shape)) * element for k in self.kernels.kernels if k.kind == "workspace")
+        return sum(kernel.bytes for kernel in self.kernels.kernels if kernel.kind == "workspace")
 
     def bind(self, data: np.ndarray, weight: np.ndarray, operands: Sequence[np.ndarray] = ()) -> None:
         """Give the layer its tensors (in the lowering's layout) and transform the weight; everything it will write
-        is NaN.
+        is poisoned: NaN, or the largest integer. `weight` is the second tensor whatever the problem calls it: the
+        gradient of a layer by its weights takes the layer's input there.
         """
-        self._tensors = {"data": tvm.runtime.tensor(data), "weight": tvm.runtime.tensor(weight)}
+        names = operand_shapes(self.kernels.problem, self.kernels.lowering.layout)
+        self._tensors = {n: tvm.runtime.tensor(given) for n, given in zip(names, (data, weight), strict=True)}
         self._operands = [tvm.runtime.tensor(o) for o in operands]
         self._calls = []
         for kernel, function in zip(self.kernels.kernels, self.functions, strict=True):
-            poison = np.full(kernel.shape, np.nan, self.kernels.problem.dtype)
-            self._tensors[kernel.name] = tvm.runtime.tensor(poison)
+            self._tensors[kernel.name] = tvm.runtime.tensor(np.full(kernel.shape, _poison(kernel.dtype), kernel.dtype))
             extra = self._operands if kernel.kind == "output" else []
             arguments = (*(self._tensors[r] for r in kernel.reads), *extra, self._tensors[kernel.name])
             if kernel.kind == "weight":
@@ -86,22 +90,36 @@ class LayerKernel:
         return seconds
 
 
+def _poison(dtype: str) -> Any:
+    """The value that shows where a kernel has written nothing: NaN, or an offset so far out that a read of it fails."""
+    return np.nan if np.issubdtype(np.dtype(dtype), np.floating) else np.iinfo(dtype).max
+
+
 def compile_layer(
-    problem: Problem,
+    problem: Problem | GradientProblem,
     lowering: str | Lowering,
     target: tvm.target.Target,
     *,
-    epilogue: Sequence[EpilogueOp] = (EpilogueOp("bias", 0), EpilogueOp("relu")),
+    epilogue: Sequence[EpilogueOp] | None = None,
     tile: Tile | None = None,
 ) -> LayerKernel:
-    """Compile one layer in one lowering. Raises InputError where the lowering is unknown or does not apply."""
+    """Compile one layer, or one gradient of a layer, in one lowering of its catalogue.
+
+    `epilogue` defaults to bias and relu for a layer and to nothing for a gradient. Raises InputError where the lowering
+    is unknown or does not apply.
+    """
+    if epilogue is None:
+        epilogue = () if isinstance(problem, GradientProblem) else (EpilogueOp("bias", 0), EpilogueOp("relu"))
     if isinstance(lowering, str):
-        if lowering not in LOWERINGS:
-            raise InputError(f"lowering {lowering!r} is not one of {', '.join(LOWERINGS)}")
-        lowering = LOWERINGS[lowering]
+        known = lowerings_of(problem)
+        if lowering not in known:
+            raise InputError(f"lowering {lowering!r} is not one of {', '.join(known)}")
+        lowering = known[lowering]
+    machine = Machine.from_target(target)
     if (reason := lowering.applicable(problem)) is not None:
-        raise InputError(f"lowering {lowering.key} does not apply: {reason}")
-    kernels = layer_kernels(lowering, problem, Machine.from_target(target), tuple(epilogue), tile)
+        raise InputError(f"lowering {lowering.key} does not apply: {reason}; {_what_works(problem, machine)}")
+    require_dtype("the layer", problem.dtype, machine)
+    kernels = layer_kernels(lowering, problem, machine, tuple(epilogue), tile)
     functions = [
         tvm.compile(
             tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target, tir_pipeline=TIR_PIPELINE
@@ -109,3 +127,10 @@ def compile_layer(
         for k in kernels.kernels
     ]
     return LayerKernel(kernels, functions)
+
+
+def _what_works(problem: Problem | GradientProblem, machine: Machine) -> str:
+    if not isinstance(problem, GradientProblem):
+        return suitable(problem, machine)
+    keys = [key for key, lowering in lowerings_of(problem).items() if lowering.applicable(problem) is None]
+    return f"what works here: {', '.join(keys)}"

@@ -22,12 +22,11 @@ from lowering.graph.epilogue import LayerSite, describe_layer
 from lowering.graph.gather_epilogues import LAYER_ATTR
 from schedules import Machine
 
-from .errors import InputError, UnsupportedError
+from .dtypes import require_dtype
+from .errors import InputError
 from .fold import evaluate
 from .kernels import Kernel, LayerKernels, layer_kernels
 from .select import Choice, Policy, choose
-
-_DTYPES = ("float32", "float64")
 
 
 @dataclass
@@ -73,23 +72,24 @@ def choose_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[s
     """The site and the chosen lowering of every layer function that a lowering can express, by function name.
 
     Builds no kernel. Raises InputError for a strict key that does not apply, and for a layer name of the policy that
-    the model does not have; UnsupportedError for a layer in a dtype that is not compiled yet (float16, bfloat16).
+    the model does not have; UnsupportedError for a layer in a dtype that is not compiled for the machine.
     """
     chosen: dict[str, tuple[LayerSite, Choice]] = {}
     for name, func in layer_functions(mod).items():
         site = describe_layer(func)
-        if site is not None and site.problem.dtype not in _DTYPES:
-            raise UnsupportedError(
-                f"layer {site.name} computes in {site.problem.dtype}, this version compiles float32 and float64 "
-                "layers; convert the model's weights and inputs to float32"
-            )
-        if site is not None and not site.transposed:
+        if site is not None:
+            require_dtype(f"layer {site.name}", site.problem.dtype, machine)
             chosen[name] = (site, choose(site.name, site.problem, machine, policy))
     known = [site.name for site, _ in chosen.values()]
     for asked in policy.layers or {}:
         if asked not in known:
-            raise InputError(f"no layer is named {asked!r}; {_known_layers(asked, known)}")
+            raise unknown_layer(asked, known)
     return chosen
+
+
+def unknown_layer(asked: str, known: list[str]) -> InputError:
+    """The error of a layer name that the model does not have: it says which names there are, or which are close."""
+    return InputError(f"no layer is named {asked!r}; {_known_layers(asked, known)}")
 
 
 def _known_layers(asked: str, known: list[str]) -> str:
@@ -116,13 +116,11 @@ def _pack_weights(plans: dict[str, _Plan]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _pack_layer(plan: _Plan) -> dict[str, np.ndarray]:
-    if not isinstance(plan.site.weight, np.ndarray):
-        return {}
-    dtype = plan.site.problem.dtype
-    arrays = {"weight": plan.site.weight}
-    for stage in plan.choice.lowering.build(plan.site.problem, plan.choice.tile):
-        if stage.kind == "weight":
-            inputs = [te.placeholder(arrays[r].shape, dtype, name=r) for r in stage.reads]
+    # A table of offsets reads nothing: it is known even where the weight is not.
+    arrays = {"weight": plan.site.weight} if isinstance(plan.site.weight, np.ndarray) else {}
+    for stage in plan.choice.lowering.stages(plan.site.problem, plan.choice.tile):
+        if stage.kind == "weight" and all(r in arrays for r in stage.reads):
+            inputs = [te.placeholder(arrays[r].shape, str(arrays[r].dtype), name=r) for r in stage.reads]
             known = {t: arrays[r] for t, r in zip(inputs, stage.reads, strict=True)}
             arrays[stage.name] = evaluate(stage.compute(*inputs), known)
     return {name: array for name, array in arrays.items() if name != "weight"}
@@ -169,7 +167,7 @@ class _Rewriter:
                 continue
             gvar = self._global(kernel, lowering)
             inputs = [tensors[r] for r in kernel.reads] + (operands if kernel.kind == "output" else [])
-            call = relax.call_tir(gvar, inputs, relax.TensorType(kernel.shape, site.problem.dtype))
+            call = relax.call_tir(gvar, inputs, relax.TensorType(kernel.shape, kernel.dtype))
             hint = site.name if kernel.kind == "output" else f"{site.name}_{kernel.name}"
             tensors[kernel.name] = bb.emit(call, hint)
             layer.functions.append(gvar.name_hint)

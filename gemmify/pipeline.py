@@ -14,7 +14,6 @@ import tvm
 from tvm import relax, tirx
 
 import lowering.graph
-from lowering import ConvProblem
 from lowering.graph.epilogue import LayerSite
 from schedules import Machine, TargetError, parse_target, schedule_module
 
@@ -65,15 +64,23 @@ def plan_model(
     plan: Plan | str | PathLike[str] | None = None,
     threads: int | None = None,
     max_workspace: int | str | None = None,
+    max_error: float | str | None = None,
 ) -> Planned:
     """Choose the lowering of every layer of `model` as `compile_model` does with the same arguments; same errors."""
     machine = Machine.from_target(resolve_target(target))
-    policy = _policy(lowering, strict, max_workspace, plan)
+    policy = user_policy(lowering, strict, max_workspace, max_error, plan)
     count = threads or default_threads()
-    imported = import_model(model, shapes)
-    chosen = list(choose_layers(lowering_graph(imported.mod), machine, policy).values())
+    name, chosen = chosen_layers(model, shapes, machine, policy)
     found = Plan({site.name: choice.lowering.key for site, choice in chosen})
-    return Planned(imported.name, found, [_describe(site, choice, count) for site, choice in chosen])
+    return Planned(name, found, [_describe(site, choice, count) for site, choice in chosen])
+
+
+def chosen_layers(
+    model: Any, shapes: Mapping[str, Sequence[int]] | None, machine: Machine, policy: Policy
+) -> tuple[str, list[tuple[LayerSite, Choice]]]:
+    """The model's name, and what `policy` chooses for each of its layers, in the order in which they run."""
+    imported = import_model(model, shapes)
+    return imported.name, list(choose_layers(lowering_graph(imported.mod), machine, policy).values())
 
 
 def resolve_target(target: Any) -> tvm.target.Target:
@@ -99,13 +106,14 @@ def compile_model(
     plan: Plan | str | PathLike[str] | None = None,
     threads: int | None = None,
     max_workspace: int | str | None = None,
+    max_error: float | str | None = None,
     progress: Progress | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Compilation:
     """Compile `model` for `target`; see `gemmify.compile` for the arguments and the errors."""
     resolved = resolve_target(target)
     machine = Machine.from_target(resolved)
-    policy = _policy(lowering, strict, max_workspace, plan)
+    policy = user_policy(lowering, strict, max_workspace, max_error, plan)
     stages = _Stages(progress, dump_dir)
 
     with stages("import"):
@@ -147,21 +155,26 @@ def fuse_rest(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
                 t.FoldConstant(),
                 t.FuseOps(fuse_opt_level=2),
                 t.FuseTIR(),
+                # A reshape that is a kernel of its own moves nothing. Scheduled, it would not be recognised any more.
+                t.RewriteDataflowReshape(),
                 t.DeadCodeElimination(),
             ]
         )(mod)
 
 
-def _policy(lowering_arg: Any, strict: bool, max_workspace: int | str | None, plan: Any) -> Policy:
+def user_policy(
+    lowering_arg: Any, strict: bool, max_workspace: int | str | None, max_error: float | str | None, plan: Any
+) -> Policy:
+    """The policy that the arguments of `compile_model` make; InputError where they contradict or make no sense."""
     if plan is None:
-        return make_policy(lowering_arg, strict, max_workspace)
+        return make_policy(lowering_arg, strict, max_workspace, max_error)
     if lowering_arg != "auto":
         raise InputError("both a plan and a lowering were given; a plan already names the lowering of each layer")
     if isinstance(plan, Plan):
-        return make_policy(plan.layers, strict, max_workspace)
+        return make_policy(plan.layers, strict, max_workspace, max_error)
     found = Plan.load(Path(plan))
     try:
-        return make_policy(found.layers, strict, max_workspace)
+        return make_policy(found.layers, strict, max_workspace, max_error)
     except InputError as err:
         raise InputError(f"the plan {plan}: {err}") from err
 
@@ -233,7 +246,7 @@ def _describe(site: LayerSite, choice: Choice, threads: int) -> dict[str, Any]:
     gemm = cost.gemms[0]
     return {
         "name": site.name,
-        "op": f"conv{problem.dims}d" if isinstance(problem, ConvProblem) else "dense",
+        "op": problem.op,
         "problem": asdict(problem),
         "lowering": choice.lowering.key,
         "reason": choice.why,

@@ -155,9 +155,7 @@ def lower_main(mod: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModu
     """The passes from `call_tir` in dataflow form to what the VM code generator takes, with the arena planned."""
     t = relax.transform
     with tvm.target.Target(target):
-        mod = tvm.transform.Sequential(
-            [t.RewriteDataflowReshape(), t.ToNonDataflow(), t.RemovePurityChecking(), t.CallTIRRewrite()]
-        )(mod)
+        mod = tvm.transform.Sequential([t.ToNonDataflow(), t.RemovePurityChecking(), t.CallTIRRewrite()])(mod)
         mod, plan = plan_arena(mod)
         mod = tvm.transform.Sequential([t.LowerAllocTensor(), t.KillAfterLastUse()])(mod)
         storages = allocated_bytes(mod)

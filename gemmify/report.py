@@ -53,6 +53,17 @@ def share(value: Any) -> str:
     return f"{100 * float(value or 0):.1f} %"
 
 
+def ratio(value: Any) -> str:
+    """A ratio in a few digits: "1.03", "12.3", "430"."""
+    number = float(value)
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"
+
+
+def error(value: Any) -> str:
+    """A relative error in two digits: "1.2e-06"."""
+    return f"{float(value):.1e}"
+
+
 def gemm(value: Any) -> str:
     """`[m, n, k]` as "m x n x k"; nothing where the layer is no GEMM."""
     return " x ".join(str(v) for v in value) if value else ""
@@ -70,18 +81,22 @@ def console() -> Console:
 
 
 def table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> None:
-    """Print `rows` as a table."""
+    """Print `rows` as a table; a row without a column's key leaves that cell empty."""
     from rich.table import Table
     from rich.text import Text
 
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    numeric = {count, size, duration, share}
+    numeric = {count, size, duration, share, error}
     for heading, _, written in columns:
         made.add_column(heading, justify="right" if written in numeric else "left", overflow="fold")
     for row in rows:
         # Text, not markup: a layer name may hold square brackets.
-        made.add_row(*(Text(written(row.get(key))) for _, key, written in columns))
+        made.add_row(*(Text(written(row[key]) if key in row else "") for _, key, written in columns))
     console().print(made)
+
+
+WINDOW = (("s", "stride", 1), ("p", "pad_before", 0), ("d", "dilation", 1), ("+", "output_padding", 0))
+"""How a layer's window is written: letter, field, the value that is left out."""
 
 
 def problem_text(problem: Any) -> str:
@@ -92,8 +107,8 @@ def problem_text(problem: Any) -> str:
         return f"{problem['n']}x{problem['c']} -> {problem['m']}"
     sizes = "x".join(str(v) for v in (problem["n"], problem["c"], *problem["size"]))
     parts = [f"{sizes} -> {problem['m']}, " + "x".join(map(str, problem["kernel"]))]
-    for letter, name, plain in (("s", "stride", 1), ("p", "pad_before", 0), ("d", "dilation", 1)):
-        values = problem[name]
+    for letter, name, plain in WINDOW:
+        values = problem.get(name, ())
         if any(v != plain for v in values):
             parts.append(letter + (str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))))
     if problem["groups"] > 1:

@@ -6,32 +6,45 @@ weights, and the bytes that a lowering moves beyond its input and output. `direc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
-from typing import Any
+from typing import Literal
 
-from lowering import LOWERINGS, ConvProblem, Lowering, LoweringCost, Problem, Reason, Tile
+from lowering import ConvProblem, Lowering, LoweringCost, Problem, Reason, Tile, catalogue
 from lowering.base import activation_shape, output_shape
+from lowering.problem import accumulator
 from schedules import Machine
 from schedules.cpu.tile import modelled_cycles
 
+from .accuracy import DEFAULT_MAX_ERROR, expected_error
 from .errors import InputError
 from .kernels import tile_for, tile_request
+from .policy import Policy, make_policy
 from .report import size
-from .sizes import parse_size
+
+__all__ = ["Candidate", "Choice", "Policy", "choose", "consider", "make_policy", "modelled_time", "suitable"]
+
+NAMED = 4
+"""How many lowerings a refusal names as ones that would work."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One lowering of one layer: why it is out (`reason`), its tile, its cost and its modelled cycles where it applies
-    (a lowering above the workspace bound has both)."""
+    """One lowering of one layer: why it is out (`reason`), and where it applies its tile, its cost, its modelled cycles
+    and its expected error relative to the largest output. One above a bound has a reason and a cost, and `exceeds` says
+    which bound it is."""
 
     lowering: Lowering
     reason: Reason | None
     tile: Tile | None = None
     cost: LoweringCost | None = None
     cycles: float = float("inf")
+    error: float = float("inf")
+    exceeds: Literal["workspace", "error"] | None = None
+
+    @property
+    def key(self) -> str:
+        return self.lowering.key
 
 
 @dataclass(frozen=True)
@@ -44,60 +57,42 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What the user asked for: a key for every layer ("auto" picks), keys by layer name, and the budgets.
-
-    `strict` turns a key that does not apply into InputError. `max_workspace` bounds the scratch of one layer in bytes.
-    """
-
-    default: str = "auto"
-    layers: Mapping[str, str] | None = None
-    strict: bool = False
-    max_workspace: int | None = None
-
-    def __post_init__(self) -> None:
-        asked = [("", self.default), *((f" (of layer {name})", key) for name, key in (self.layers or {}).items())]
-        for layer, key in asked:
-            if key != "auto" and key not in LOWERINGS:
-                raise InputError(f"lowering {key!r}{layer} is not known; choose auto or one of {', '.join(LOWERINGS)}")
-        if self.max_workspace is not None and self.max_workspace < 0:
-            raise InputError(f"the workspace bound must be at least 0 bytes, got {self.max_workspace}")
-
-    def key_for(self, layer: str) -> str:
-        """The key asked for this layer."""
-        return (self.layers or {}).get(layer, self.default)
+def consider(
+    problem: Problem, machine: Machine, max_workspace: int | None = None, max_error: float | None = None
+) -> list[Candidate]:
+    """Every lowering of the catalogue for one layer, in the catalogue's order; those above a bound have a reason."""
+    found = [_candidate(lowering, problem, machine) for lowering in catalogue().values()]
+    limit = error_bound(found) if max_error is None else max_error
+    return [_bounded(candidate, machine, max_workspace, limit) for candidate in found]
 
 
-def make_policy(lowering: Any, strict: bool, max_workspace: int | str | None) -> Policy:
-    """A Policy from what `compile(lowering=...)` takes: "auto", a key, or a mapping of layer name to key, in which "*"
-    stands for the layers that it does not name; `max_workspace` is in bytes, or text such as "64KiB"."""
-    try:
-        bound = None if max_workspace is None else parse_size(max_workspace)
-    except InputError as err:
-        raise InputError(f"max_workspace: {err}") from err
-    if isinstance(lowering, str):
-        return Policy(lowering, None, strict, bound)
-    if isinstance(lowering, Mapping):
-        layers = {str(k): str(v) for k, v in lowering.items()}
-        return Policy(layers.pop("*", "auto"), layers, strict, bound)
-    raise InputError(f'lowering must be "auto", a key or {{layer: key}}, got {type(lowering).__name__}')
-
-
-def consider(problem: Problem, machine: Machine, max_workspace: int | None = None) -> list[Candidate]:
-    """Every lowering of the catalogue for one layer, in the catalogue's order."""
-    return [_candidate(lowering, problem, machine, max_workspace) for lowering in LOWERINGS.values()]
-
-
-def _candidate(lowering: Lowering, problem: Problem, machine: Machine, max_workspace: int | None) -> Candidate:
+def _candidate(lowering: Lowering, problem: Problem, machine: Machine) -> Candidate:
     if (reason := lowering.applicable(problem)) is not None:
         return Candidate(lowering, reason)
     tile = tile_for(lowering, problem, machine)
     cost = lowering.cost(problem, tile)
-    scratch, over = cost.scratch(machine.cores), None
+    cycles = modelled_time(lowering, problem, machine, tile, cost)
+    return Candidate(lowering, None, tile, cost, cycles, expected_error(cost, problem.dtype))
+
+
+def error_bound(candidates: list[Candidate]) -> float:
+    """The bound on the error where the user gave none: DEFAULT_MAX_ERROR, or, in a dtype that is too coarse for it,
+    twice the least error of all, so that something always remains."""
+    return max(DEFAULT_MAX_ERROR, 2 * min(c.error for c in candidates))
+
+
+def _bounded(candidate: Candidate, machine: Machine, max_workspace: int | None, max_error: float) -> Candidate:
+    """The candidate, with a reason where it needs more than is allowed."""
+    if candidate.cost is None:
+        return candidate
+    scratch = candidate.cost.scratch(machine.cores)
     if max_workspace is not None and scratch > max_workspace:
-        over = Reason(f"needs {scratch} bytes of workspace, the bound is {max_workspace}")
-    return Candidate(lowering, over, tile, cost, modelled_time(lowering, problem, machine, tile, cost))
+        text = f"needs {scratch} bytes of workspace, the bound is {max_workspace}"
+        return replace(candidate, reason=Reason(text), exceeds="workspace")
+    if candidate.error > max_error:
+        text = f"has an expected error of {candidate.error:.1e} of the largest output, the bound is {max_error:.1e}"
+        return replace(candidate, reason=Reason(text), exceeds="error")
+    return candidate
 
 
 def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: Tile, cost: LoweringCost) -> float:
@@ -113,7 +108,7 @@ def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: 
     cached = cost.weight_bytes <= machine.l3_bytes
     again = machine.shared_bytes_per_cycle if cached else machine.memory_bytes_per_cycle
     weights = cost.weight_bytes * (1 / machine.memory_bytes_per_cycle + (cost.weight_reads - 1) / again)
-    transforms = cost.extra_flops / machine.lanes(problem.dtype)
+    transforms = cost.extra_flops / machine.lanes(accumulator(problem.dtype))
     moved = 2 * cost.workspace_bytes
     if lowering.layout == "NCHW" and isinstance(problem, ConvProblem):
         # The network's activations are channels last: input and output are converted, each read and written.
@@ -123,33 +118,66 @@ def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: 
 
 
 def choose(layer: str, problem: Problem, machine: Machine, policy: Policy) -> Choice:
-    """The lowering of `layer` under `policy`; raises InputError for a strict key that does not apply."""
-    candidates = consider(problem, machine, policy.max_workspace)
-    usable = [c for c in candidates if c.reason is None]
-    best = min(usable, key=lambda c: c.cycles)
-    key = policy.key_for(layer)
+    """The lowering of `layer` under `policy`; raises InputError for a strict key that does not apply, and where no
+    lowering keeps within the bounds."""
+    return pick(layer, consider(problem, machine, policy.max_workspace, policy.max_error), machine, policy)
+
+
+def pick(layer: str, candidates: list[Candidate], machine: Machine, policy: Policy) -> Choice:
+    """`choose` among the candidates that `consider` found under the same policy."""
+    usable = by_time(candidates)
+    if not usable:
+        raise InputError(f"layer {layer}: {_nothing_fits(candidates, policy)}")
+    best, key = usable[0], policy.key_for(layer)
     if key == "auto":
         why = f"least modelled time of {len(usable)} that apply"
         return _choice(best, why + _removed_by_bound(candidates, best, machine))
-    asked = next(c for c in candidates if c.lowering.key == key)
+    asked = next(c for c in candidates if c.key == key)
     if asked.reason is None:
         return _choice(asked, "as asked")
     if policy.strict:
         raise InputError(
-            f"layer {layer}: {key} does not apply, it {asked.reason}; "
-            f"choose one of {', '.join(c.lowering.key for c in usable)}, or drop --strict"
+            f"layer {layer}: {key} does not apply, it {asked.reason}; {_named(usable)}; choose one of them, or drop "
+            "--strict"
         )
-    return _choice(best, f"{key} does not apply: {asked.reason}")
+    return _choice(best, f"{key} does not apply: {asked.reason}; {_named(usable)}")
+
+
+def by_time(candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates that may be taken, the least modelled time first."""
+    return sorted((c for c in candidates if c.reason is None), key=lambda c: c.cycles)
+
+
+def suitable(problem: Problem, machine: Machine) -> str:
+    """The lowerings that work for `problem`, a few, as the end of a refusal: "what works here, best first: ..."."""
+    return _named(by_time(consider(problem, machine)))
+
+
+def _named(usable: list[Candidate]) -> str:
+    return f"what works here, best first: {', '.join(c.key for c in usable[:NAMED])}"
+
+
+def _nothing_fits(candidates: list[Candidate], policy: Policy) -> str:
+    """Why no candidate remains: `direct` needs no workspace and always applies, so the error is what is too large."""
+    within = [c for c in candidates if c.cost is not None and c.exceeds != "workspace"]
+    best = min(within, key=lambda c: c.error)
+    bound = "" if policy.max_workspace is None else f" and within {policy.max_workspace} bytes of workspace"
+    return (
+        f"no lowering is expected to stay below an error of {policy.max_error:.1e} of the largest output{bound}; "
+        f"the most accurate is {best.key} with {best.error:.1e}; raise the bound (--max-error) above it"
+    )
 
 
 def _removed_by_bound(candidates: list[Candidate], best: Candidate, machine: Machine) -> str:
-    """Which lowering the workspace bound took away that would have been better than `best`, as the end of a reason."""
-    out = [c for c in candidates if c.reason is not None and c.cost is not None and c.cycles < best.cycles]
+    """Which lowering a bound took away that would have been better than `best`, as the end of a reason."""
+    out = [c for c in candidates if c.exceeds is not None and c.cycles < best.cycles]
     if not out:
         return ""
     lost = min(out, key=lambda c: c.cycles)
     assert lost.cost is not None
-    return f"; {lost.lowering.key} needs {size(lost.cost.scratch(machine.cores))}, above the bound"
+    if lost.exceeds == "workspace":
+        return f"; {lost.key} needs {size(lost.cost.scratch(machine.cores))}, above the bound"
+    return f"; {lost.key} has an expected error of {lost.error:.1e}, above the bound"
 
 
 def _choice(candidate: Candidate, why: str) -> Choice:

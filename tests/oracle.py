@@ -1,86 +1,33 @@
-"""The reference that every numeric test compares with, and random problems to compare on.
-
-`reference` is the definition in NumPy and float64: one matrix product a kernel position and group, no TVM.
-"""
+"""Random problems to compare on; what they are compared with is `gemmify.layer_reference`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 from hypothesis import strategies as st
 
-from lowering import ConvProblem, DenseProblem, Problem
-from lowering.base import activation_shape, output_shape, weight_shape
+from gemmify.accuracy import UNIT
+from gemmify.layer_reference import apply_epilogue, channels_first, magnitude, random_arrays, reference
+from lowering import ConvProblem, DenseProblem, Problem, TransposedConvProblem
 from lowering.epilogue import EpilogueOp
 
-UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
-
-
-def reference(problem: Problem, data: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The layer in float64: `(N, *out, M)` from `(N, *size, C)` and `(M, *kernel, C/g)`, or dense `(n, m)`."""
-    data, weight = data.astype("float64"), weight.astype("float64")
-    if isinstance(problem, DenseProblem):
-        return data @ weight.T
-    pads = zip(problem.pad_before, problem.pad_after, strict=True)
-    padded = np.pad(data, [(0, 0), *pads, (0, 0)])
-    out = np.zeros(output_shape(problem))
-    for tap in np.ndindex(*problem.kernel):
-        sides = zip(tap, problem.dilation, problem.out_size, problem.stride, strict=True)
-        window = padded[(slice(None), *(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, o, s in sides))]
-        for g in range(problem.groups):
-            c = slice(g * problem.c_group, (g + 1) * problem.c_group)
-            m = slice(g * problem.m_group, (g + 1) * problem.m_group)
-            out[..., m] += window[..., c] @ weight[(m, *tap)].T
-    return out
-
-
-def magnitude(problem: Problem, data: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """`sum |a| |b|` of every output element: what a rounding error is measured against."""
-    return reference(problem, np.abs(data), np.abs(weight))
-
-
-_UNARY: dict[str, Any] = {
-    "relu": lambda v: np.maximum(v, 0),
-    "clip": lambda v, low, high: np.clip(v, low, high),
-    "leaky_relu": lambda v, a: np.where(v > 0, v, a * v),
-    "sigmoid": lambda v: 1 / (1 + np.exp(-v)),
-    "tanh": np.tanh,
-    "silu": lambda v: v / (1 + np.exp(-v)),
-    "hardsigmoid": lambda v, a, b: np.clip(a * v + b, 0, 1),
-    "hardswish": lambda v, a=1 / 6, b=0.5: v * np.clip(a * v + b, 0, 1),
-}
-
-
-def apply_epilogue(value: np.ndarray, ops: Sequence[EpilogueOp], operands: Sequence[np.ndarray]) -> np.ndarray:
-    """The epilogue in float64 on a channels-last array."""
-    for op in ops:
-        if op.operand is None:
-            value = _UNARY[op.kind](value, *op.params)
-            continue
-        operand = operands[op.operand].astype("float64")
-        value = value + operand if op.kind in ("bias", "add") else value * operand
-    return value
-
-
-def random_arrays(problem: Problem, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Data (channels last) and weight of a problem, standard normal, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    shapes = activation_shape(problem), weight_shape(problem)
-    data, weight = (rng.standard_normal(shape).astype(problem.dtype) for shape in shapes)
-    return data, weight
-
-
-def channels_first(array: np.ndarray) -> np.ndarray:
-    """`(N, *size, C)` to `(N, C, *size)`, contiguous."""
-    return np.ascontiguousarray(np.moveaxis(array, -1, 1))
-
+__all__ = [
+    "UNIT",
+    "apply_epilogue",
+    "channels_first",
+    "magnitude",
+    "random_3x3",
+    "random_arrays",
+    "random_conv",
+    "random_dense",
+    "random_epilogue",
+    "random_problem",
+    "random_transposed",
+    "reference",
+]
 
 # Primes, powers of two and their neighbours: what a register tile divides and what it does not.
 CHANNELS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 19, 23, 31, 32, 33, 37])
 KERNELS = st.sampled_from([1, 1, 2, 3, 3, 3, 4, 5, 5, 7])
-DTYPES = st.sampled_from(["float32", "float32", "float32", "float64"])
+DTYPES = st.sampled_from([*["float32"] * 5, "float16", "float64", "float64"])
 
 
 @st.composite
@@ -130,6 +77,35 @@ def _side(draw: st.DrawFn, most: int) -> tuple[int, int, int, int, int, int]:
 
 
 @st.composite
+def random_transposed(draw: st.DrawFn, max_macs: int = 400_000) -> TransposedConvProblem:
+    """A transposed convolution of 1 to 3 dimensions: strides above and below the kernel, dilations, pads, groups."""
+    dims = draw(st.sampled_from([1, 2, 2, 2, 3]))
+    groups, c, m = draw(_channels())
+    most = {1: 20, 2: 7, 3: 3}[dims]
+    sides = [draw(_spread_side(most)) for _ in range(dims)]
+    window = tuple(tuple(v) for v in zip(*sides, strict=True))
+    n = draw(st.integers(1, 2))
+    problem = TransposedConvProblem(n, c, m, *window, groups, draw(DTYPES))
+    while problem.macs > max_macs and (n, c, m) != (1, groups, groups):
+        n, c, m = 1, *(groups if v <= groups else groups * max(1, v // groups // 2) for v in (c, m))
+        problem = TransposedConvProblem(n, c, m, *window, groups, problem.dtype)
+    return problem
+
+
+@st.composite
+def _spread_side(draw: st.DrawFn, most: int) -> tuple[int, int, int, int, int, int, int]:
+    """(size, kernel, stride, pad before, pad after, dilation, output padding), with an output of at least one."""
+    kernel, dilation = draw(KERNELS), draw(st.sampled_from([1, 1, 1, 2, 3]))
+    stride = draw(st.sampled_from([1, 2, 2, 2, 3, 4]))
+    reach = dilation * (kernel - 1) + 1
+    size, extra = draw(st.integers(1, most)), draw(st.integers(0, stride - 1))
+    before, after = draw(st.integers(0, reach)), draw(st.integers(0, reach))
+    out = (size - 1) * stride + reach + extra - before - after
+    # More input where the pads would cut everything.
+    return size + max(0, -((out - 1) // stride)), kernel, stride, before, after, dilation, extra
+
+
+@st.composite
 def random_dense(draw: st.DrawFn) -> DenseProblem:
     """A fully connected layer of 1 to 40 rows."""
     rows = draw(st.sampled_from([1, 1, 1, 2, 3, 5, 13, 32, 37]))
@@ -148,8 +124,14 @@ def random_3x3(draw: st.DrawFn) -> ConvProblem:
 
 
 def random_problem() -> st.SearchStrategy[Problem]:
-    """Convolutions of every kind; one in 32 is a plain 3x3 or 5x5, one in eight a fully connected layer."""
-    kinds = {0: random_3x3(), 1: random_dense(), 2: random_dense(), 3: random_dense(), 4: random_dense()}
+    """Convolutions of every kind; one in 32 is a plain 3x3 or 5x5, one in eight a fully connected layer, one in 16 a
+    transposed convolution.
+    """
+    kinds = {
+        0: random_3x3(),
+        **dict.fromkeys(range(1, 5), random_dense()),
+        **dict.fromkeys((5, 6), random_transposed()),
+    }
     return st.integers(0, 31).flatmap(lambda i: kinds.get(i, random_conv()))
 
 

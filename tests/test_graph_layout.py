@@ -10,6 +10,8 @@ from graph_nets import Net, check, kinds, ops, sites
 from tvm import relax
 from tvm.relax import op
 
+from lowering import TransposedConvProblem
+
 nn = op.nn
 
 
@@ -120,8 +122,8 @@ def test_layout_other_ranks_and_transposed_convolutions(dims: int) -> None:
     assert moves(out) == 2
     assert kinds(out) == {"down": ("relu",), "up": ("bias", "relu")}
     up = sites(out)["up"]
-    assert up.transposed and up.problem.c == 5 and up.problem.m == 6
-    assert up.problem.out_size == (5, 4, 3)[:dims] and up.out_shape == (1, *up.problem.size, 5)
+    assert isinstance(up.problem, TransposedConvProblem) and (up.problem.c, up.problem.m) == (6, 5)
+    assert up.problem.size == (5, 4, 3)[:dims] and up.out_shape == (1, *up.problem.out_size, 5)
 
 
 def test_layout_unknown_operators_see_the_sources_order() -> None:

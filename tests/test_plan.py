@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import gemmify
-from gemmify import cli
+from gemmify import cli, cli_options
 from gemmify.errors import InputError
 from gemmify.plan import Plan
 
@@ -139,7 +139,7 @@ def test_the_bound_on_the_workspace_holds(model, tmp_path, capfd):
     [("0", 0), ("4096", 4096), ("8B", 8), ("2K", 2048), ("2KiB", 2048), ("3mib", 3 << 20), ("1G", 1 << 30)],
 )
 def test_sizes(text, size):
-    assert cli._size(text) == size
+    assert cli_options.size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "K", "1.5M", "-1", "1KB", "1KiBiB", "1 K", "KiB", "1BK", "²"])
@@ -147,7 +147,7 @@ def test_sizes_that_are_none(text):
     import argparse
 
     with pytest.raises(argparse.ArgumentTypeError, match="is not a number of bytes"):
-        cli._size(text)
+        cli_options.size(text)
 
 
 def test_dump_writes_the_module_after_each_stage(model, tmp_path, capfd):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from oracle import random_problem
 
 import lowering
-from lowering import LOWERINGS, ConvProblem, Lowering, Problem, Reason, conv2d
+from lowering import LOWERINGS, ConvProblem, Lowering, Problem, Reason, TransposedConvProblem, conv2d
 from lowering.passes import pass_tile
 
 ROOT = Path(lowering.__file__).parent.parent
@@ -88,7 +88,9 @@ def test_costs_are_consistent(problem: Problem) -> None:
         assert cost == low.cost(problem, tile)
         executed = sum(gemm.macs for gemm in cost.gemms)
         assert cost.macs >= executed, "padding a tile adds work, it saves none"
-        if "winograd" not in low.key:
+        # What the pads of a transposed convolution cut off need not be computed, what its phases read outside is 0.
+        exact = low.key == "col2im" or not isinstance(problem, TransposedConvProblem)
+        if exact and low.same_macs:
             assert cost.macs >= problem.macs and executed == problem.macs
         assert cost.workspace_bytes == sum(cost.workspace.values()) >= 0
         assert cost.weight_bytes >= problem.element * problem.m

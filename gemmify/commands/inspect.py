@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import report
 from ..host import is_library
 from ..manifest import read_manifest
+
+if TYPE_CHECKING:
+    from lowering.graph import LayerSite
 
 
 def execute(model: str, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
@@ -50,14 +53,18 @@ def _of_model(model: str, shapes: Mapping[str, Sequence[int]] | None) -> dict[st
     }
 
 
-def _describe(site: Any) -> dict[str, Any]:
+def _describe(site: LayerSite) -> dict[str, Any]:
+    from lowering import DenseProblem, TransposedConvProblem
+
     problem = site.problem
-    row = {"name": site.name, "problem": asdict(problem), "macs": problem.macs}
-    if not hasattr(problem, "kernel"):
-        return row | {"op": "dense", "gemm": [problem.n, problem.m, problem.c], "count": 1}
-    op = f"conv{problem.dims}d" + ("_transpose" if getattr(site, "transposed", False) else "")
-    gemm = [problem.n * problem.pixels, problem.m_group, problem.taps * problem.c_group]
-    return row | {"op": op, "gemm": gemm, "count": problem.groups}
+    row = {"name": site.name, "op": problem.op, "problem": asdict(problem), "macs": problem.macs}
+    if isinstance(problem, DenseProblem):
+        return row | {"gemm": [problem.n, problem.m, problem.c], "count": 1}
+    if isinstance(problem, TransposedConvProblem):
+        gemm = [problem.n * problem.in_pixels, problem.taps * problem.m_group, problem.c_group]
+    else:
+        gemm = [problem.n * problem.pixels, problem.m_group, problem.taps * problem.c_group]
+    return row | {"gemm": gemm, "count": problem.groups}
 
 
 def show(result: dict[str, Any]) -> None:

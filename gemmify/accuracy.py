@@ -1,0 +1,47 @@
+"""The expected error of a lowering, and the bound on it that a user sets.
+
+A lowering states in `LoweringCost.error_growth` how its rounding errors grow, in rounding units of the dtype: `sqrt(k)`
+for a plain dot product of length `k`, far more for minimal filtering with large tiles. What is expected of a layer is
+
+    error = SLACK u (growth + 1),    u the rounding unit,
+
+relative to the largest output in absolute value; in half precision `u` is that of float32, in which all is computed,
+and the rounding of the output comes on top, one unit of float16. On normally distributed data of zero mean the measured
+error stays under it, by a factor of 1.5 to 10 (tests/test_accuracy.py); it is a forecast for such data, not a proof for
+all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lowering.problem import accumulator
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from lowering import LoweringCost
+
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+"""The rounding unit of a dtype: the largest relative error of one rounding."""
+
+SLACK = 2.0
+DEFAULT_MAX_ERROR = 1e-3
+
+
+def expected_error(cost: LoweringCost, dtype: str) -> float:
+    """The error to expect of a layer, relative to its largest absolute output, where its tensors are of `dtype`."""
+    computed = SLACK * UNIT[accumulator(dtype)] * (cost.error_growth + 1)
+    return computed if accumulator(dtype) == dtype else computed + UNIT[dtype]
+
+
+def parse_error(value: Any) -> float:
+    """A bound on the relative error, from a number or its text; InputError for what is not positive and finite."""
+    try:
+        bound = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        bound = math.nan
+    if not math.isfinite(bound) or bound <= 0:
+        raise InputError(f"{value!r} is not a bound on the error; give a positive number such as 1e-3")
+    return bound

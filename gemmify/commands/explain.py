@@ -1,0 +1,77 @@
+"""`gemmify explain MODEL`: for each layer every lowering of the catalogue, chosen, or why not; compiles nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import report
+
+WHOLE_NAMES = 6
+"""Equal layers are named one by one up to so many."""
+
+
+def execute(model: str, layer: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """`explain.explain_model` with the keyword `options`; see there for what it returns."""
+    from ..threads import import_tvm
+
+    import_tvm(compiler=True)
+    from ..explain import explain_model
+
+    return explain_model(model, layer=layer, **options)
+
+
+def show(result: dict[str, Any]) -> None:
+    groups = result["layers"]
+    count = sum(len(group["names"]) for group in groups)
+    for index, group in enumerate(groups, 1):
+        usable = [candidate for candidate in group["candidates"] if "gemms" in candidate]
+        print(_title(index, len(groups), group))  # a table's own title would wrap at the table's width
+        report.table("", COLUMNS, usable)
+        for why, keys in _refused(group["candidates"]).items():
+            print(f"  {', '.join(keys)}: {why}")
+        print()
+    same = "" if count == len(groups) else f" of {len(groups)} kinds (equal layers are shown once)"
+    bound = "unbounded" if result["max_workspace"] is None else f"at most {report.size(result['max_workspace'])}"
+    loosest = max((group["max_error"] for group in groups), default=0.0)
+    layers = "1 layer" if count == 1 else f"{count} layers"
+    print(f"{result['model']}: {layers}{same}; workspace of {result['threads']} threads, {bound}")
+    print(f"error expected relative to a layer's largest output, at most {loosest:.1e}")
+    print("cycles are modelled, all cores at work, and only compare candidates: no time was measured")
+
+
+def _title(index: int, groups: int, group: dict[str, Any]) -> str:
+    names = group["names"]
+    rest = len(names) - WHOLE_NAMES
+    shown = ", ".join(names[:WHOLE_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    many = f" ({len(names)} equal layers)" if len(names) > 1 else ""
+    number = f"{index}/{groups}  " if groups > 1 else ""
+    what = f"{group['op']} {report.problem_text(group['problem'])}, {report.count(group['macs'])} MACs"
+    return f"{number}{shown}{many}: {what}\n{group['lowering']}: {group['why']}"
+
+
+def _gemms(gemms: Any) -> str:
+    if not gemms:
+        return ""
+    several = [(f"{g['count']} of " if g["count"] > 1 else "") + f"{g['m']}x{g['n']}x{g['k']}" for g in gemms]
+    return several[0] + (f" and {len(several) - 1} more" if len(several) > 1 else "")
+
+
+def _refused(candidates: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The lowerings that do not apply, by reason."""
+    refused: dict[str, list[str]] = {}
+    for candidate in candidates:
+        if "gemms" not in candidate:
+            refused.setdefault(candidate["verdict"], []).append(candidate["key"])
+    return refused
+
+
+COLUMNS: tuple[report.Column, ...] = (
+    ("lowering", "key", report.text),
+    ("GEMM m x n x k", "gemms", _gemms),
+    ("MACs", "macs", report.count),
+    ("workspace", "workspace_bytes", report.size),
+    ("weights", "weight_bytes", report.size),
+    ("cycles", "cycles", report.count),
+    ("error", "error", report.error),
+    ("verdict", "verdict", report.text),
+)
