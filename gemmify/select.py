@@ -98,23 +98,29 @@ def _bounded(candidate: Candidate, machine: Machine, max_workspace: int | None, 
 def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: Tile, cost: LoweringCost) -> float:
     """Modelled cycles of the layer with every core at work.
 
-    The GEMM overlaps with reading its weights, which come from memory (a network's weights rarely fit a cache
-    together); transforms and workspaces (written once, read once, from the shared cache) come on top.
+    The GEMM overlaps with reading its weights from memory (a network's weights rarely fit a cache together) as far as
+    the machine does that, and with reading them again from the shared cache. Transforms and workspaces (written once,
+    read once, in the shared cache) come on top.
     """
     gemm = modelled_cycles(tile_request(lowering, problem), machine, tile.mr, tile.nr) * cost.read_factor
     if cost.tasks is not None:
         # Each thread takes an equal share of whole tasks: the slowest decides.
         gemm *= ceil(cost.tasks / machine.cores) * machine.cores / cost.tasks
-    cached = cost.weight_bytes <= machine.l3_bytes
-    again = machine.shared_bytes_per_cycle if cached else machine.memory_bytes_per_cycle
-    weights = cost.weight_bytes * (1 / machine.memory_bytes_per_cycle + (cost.weight_reads - 1) / again)
+    streams, again = machine.streams, 0.0
+    weights = cost.weight_bytes / streams.memory
+    if cost.weight_bytes > machine.l3_bytes:
+        weights *= cost.weight_reads
+    elif cost.weight_bytes > machine.l2_bytes // 2:
+        # Once more from the shared cache for each block; smaller ones stay in the L2, as the tile's model assumes.
+        again = cost.weight_bytes * (cost.weight_reads - 1) / streams.shared
     transforms = cost.extra_flops / machine.lanes(accumulator(problem.dtype))
     moved = 2 * cost.workspace_bytes
     if lowering.layout == "NCHW" and isinstance(problem, ConvProblem):
         # The network's activations are channels last: input and output are converted, each read and written.
         moved += 2 * problem.element * (prod(activation_shape(problem)) + prod(output_shape(problem)))
-    workspace = moved / machine.shared_bytes_per_cycle
-    return (max(gemm, weights) + min(gemm, weights) / 4 + transforms + workspace) / machine.cores
+    workspace = moved / streams.shared
+    busy = max(gemm, again) + min(gemm, again) / 4
+    return (busy + weights - streams.overlap * min(busy, weights) + transforms + workspace) / machine.cores
 
 
 def choose(layer: str, problem: Problem, machine: Machine, policy: Policy) -> Choice:

@@ -97,7 +97,8 @@ class LoweringCost:
     dot product of length `k`. `read_factor` is how much dearer than a plain load each element of A is (conditions,
     gathers); `extra_flops` counts vectorisable operations outside the GEMM (transforms);
     `weight_reads` is how many times all weights stream past, once a block of rows;
-    `thread_bytes` is scratch inside the kernel, once a thread, which `workspace_bytes` does not hold; `tasks` is
+    `thread_bytes` is scratch inside the kernel, once a thread, which `workspace_bytes` does not hold, `shared_bytes`
+    such scratch that all threads use together; `tasks` is
     into how many parts the work is divided among threads, where the GEMM's own shape does not tell.
     """
 
@@ -112,12 +113,13 @@ class LoweringCost:
     extra_flops: int = 0
     weight_reads: int = 1
     thread_bytes: int = 0
+    shared_bytes: int = 0
     tasks: int | None = None
 
     def scratch(self, threads: int) -> int:
         """Bytes of all scratch where `threads` threads are to be had."""
         busy = threads if self.tasks is None else min(threads, self.tasks)
-        return self.workspace_bytes + busy * self.thread_bytes
+        return self.workspace_bytes + self.shared_bytes + busy * self.thread_bytes
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from math import gcd
 
 from .base import LoweringCost
@@ -22,20 +22,9 @@ PRIVATE_OPS = 4
 _WRITTEN_OUT = 1024
 
 
-@dataclass(frozen=True)
-class BlockCost(LoweringCost):
-    """A cost with scratch that the kernel allocates once for all threads, `shared_bytes`."""
-
-    shared_bytes: int = 0
-
-    def scratch(self, threads: int) -> int:
-        return super().scratch(threads) + self.shared_bytes
-
-
-def in_shared_block(cost: LoweringCost, copied: int, block_bytes: int) -> BlockCost:
+def in_shared_block(cost: LoweringCost, copied: int, block_bytes: int) -> LoweringCost:
     """`cost` with `copied` elements passing through one buffer of `block_bytes` that the threads share."""
-    own = {f.name: getattr(cost, f.name) for f in fields(LoweringCost)}
-    return BlockCost(**{**own, "extra_flops": cost.extra_flops + SHARED_OPS * copied}, shared_bytes=block_bytes)
+    return replace(cost, extra_flops=cost.extra_flops + SHARED_OPS * copied, shared_bytes=block_bytes)
 
 
 def period_of(row: int, nr: int, stride: int) -> int | None:

@@ -82,7 +82,8 @@ def tap_cost(
         bytes_moved=activation_bytes(problem) + weights + 2 * total,
         workspace_bytes=total,
         weight_bytes=weights,
-        error_growth=sqrt(problem.taps * problem.c_group),
+        # Errors of the sum over C of each product, and of adding the taps up: not of one sum over all of them.
+        error_growth=sqrt(problem.taps + problem.c_group),
         workspace=workspace,
         extra_flops=passes * problem.n * problem.taps * problem.pixels * columns,
         thread_bytes=thread_bytes,

@@ -25,6 +25,7 @@ from .problem import ConvProblem, Problem
 from .window import activation_bytes
 from .winograd_tensors import (
     FUSE_BLOCKS,
+    MOST_POSITIONS,
     form_of,
     multiply,
     tile_edge,
@@ -34,8 +35,6 @@ from .winograd_tensors import (
 )
 
 KERNELS = (1, 3, 5, 7)
-# Positions of a tile that the transforms may unroll: the code grows with them, and LLVM's time.
-MOST_POSITIONS = 64
 
 
 def by_x(sizes: Sequence[int]) -> str:

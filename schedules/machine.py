@@ -18,6 +18,34 @@ _ONE_WIDE_FMA = ("znver4", "cannonlake", "icelake-client", "rocketlake", "tigerl
 
 
 @dataclass(frozen=True)
+class Streams:
+    """What one core streams, in bytes a cycle at which it computes; only the choice among lowerings rests on it.
+
+    `memory` and `shared` are from memory and from the shared cache; `overlap` is the part of the shorter of computing
+    and streaming from memory that the longer one hides. The default was measured on a Zen 5 (28 GB/s at 4 GHz).
+    """
+
+    memory: float = 7.0
+    shared: float = 10.0
+    overlap: float = 0.75
+
+
+# Measured on a Xeon with AMX, layers of 0.6 to 60 MB of weights: memory is far, and waiting for it adds to the time.
+_MESH = Streams(memory=3.5, shared=9.0, overlap=0.0)
+_MESH_CORES = (
+    "skylake-avx512",
+    "cascadelake",
+    "cooperlake",
+    "icelake-server",
+    "sapphirerapids",
+    "emeraldrapids",
+    "graniterapids",
+    "graniterapids-d",
+    "diamondrapids",
+)
+
+
+@dataclass(frozen=True)
 class Machine:
     """What a schedule must know of a CPU. Sizes are in bytes; `cores` counts the physical cores that may be used.
 
@@ -35,10 +63,7 @@ class Machine:
     mcpu: str
     arch: str
     features: frozenset[str] = frozenset()
-    memory_bytes_per_cycle: float = 7.0
-    """What one core streams from memory; 28 GB/s at 4 GHz was measured. Only the choice among lowerings rests on it."""
-    shared_bytes_per_cycle: float = 10.0
-    """What one core streams from the shared cache."""
+    streams: Streams = Streams()
 
     def lanes(self, dtype: str) -> int:
         """Elements of `dtype` in one vector register (at least 1)."""
@@ -69,7 +94,9 @@ class Machine:
         width, registers, ports = _vector_unit(arch, str(target.attrs.get("mcpu", "")), features)
         caches = host_caches() if _is_host(target) else DEFAULT_CACHES
         cores = int(target.attrs.get("num-cores", 0)) or host_cores()
-        return Machine(width, registers, ports, *caches, cores, str(target.attrs.get("mcpu", "")), arch, features)
+        mcpu = str(target.attrs.get("mcpu", ""))
+        streams = _MESH if mcpu in _MESH_CORES else Streams()
+        return Machine(width, registers, ports, *caches, cores, mcpu, arch, features, streams)
 
 
 def _vector_unit(arch: str, mcpu: str, features: frozenset[str]) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from tvm.tirx import BufferStore, For, ForKind, IfThenElse, IntImm, PrimFunc, Se
 
 from ..machine import Machine
 from .tir_tools import collect, extent_of, fresh, renamed, sequence, stride_of, substitute
-from .vectorize import _Vectorizer
+from .vectorize import Vectorizer
 
 _MAX_RUNS = 64
 _QUOTIENTS = (tirx.FloorDiv, tirx.FloorMod)
@@ -32,7 +32,7 @@ def vectorize_copies(func: PrimFunc, buffer: str, machine: Machine) -> PrimFunc:
     return func.with_body(_Copies(machine, buffer).statement(func.body))
 
 
-class _Copies(_Vectorizer):
+class _Copies(Vectorizer):
     """Walks to the loops that write the buffer, with the bounds of the loops around them at hand."""
 
     def __init__(self, machine: Machine, buffer: str) -> None:

@@ -30,10 +30,10 @@ _MAX_MOVED = 6
 
 def vectorize(func: PrimFunc, machine: Machine) -> PrimFunc:
     """A function of plain loops (`tir_tools.lower_blocks`) with its innermost loops in vectors of `machine`."""
-    return func.with_body(_Vectorizer(machine).statement(func.body))
+    return func.with_body(Vectorizer(machine).statement(func.body))
 
 
-class _Vectorizer:
+class Vectorizer:
     """Walks the loops from outside to inside and keeps the bounds of their variables in one analyzer."""
 
     def __init__(self, machine: Machine) -> None:
