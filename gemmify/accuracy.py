@@ -16,8 +16,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lowering.problem import accumulator
-
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +30,8 @@ DEFAULT_MAX_ERROR = 1e-3
 
 def expected_error(cost: LoweringCost, dtype: str) -> float:
     """The error to expect of a layer, relative to its largest absolute output, where its tensors are of `dtype`."""
+    from lowering.problem import accumulator  # running a library, which parses bounds too, must not load the compiler
+
     computed = SLACK * UNIT[accumulator(dtype)] * (cost.error_growth + 1)
     return computed if accumulator(dtype) == dtype else computed + UNIT[dtype]
 

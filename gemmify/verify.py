@@ -19,11 +19,13 @@ from .manifest import Manifest
 
 TOLERANCE = 1e-4
 """Largest error that is accepted, as a share of the reference's largest absolute value."""
+HALF_TOLERANCE = 8 * 2.0**-11
+"""The same for an output in float16: a few of the roundings that every tensor in between goes through."""
 REFERENCES = ("auto", "onnxruntime", "float64")
 
 
 def to_float64(model: Any) -> Any:
-    """A copy of the ONNX ModelProto `model` in which every float32 tensor is float64, with casts and types."""
+    """A copy of the ONNX ModelProto `model` in which every float32 and float16 tensor is float64, casts too."""
     import onnx
 
     copy = onnx.ModelProto()
@@ -38,7 +40,7 @@ def _widen_graph(graph: Any) -> None:
     for initializer in graph.initializer:
         _widen_tensor(initializer)
     for value in [*graph.input, *graph.output, *graph.value_info]:
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+        if value.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.FLOAT16):
             value.type.tensor_type.elem_type = TensorProto.DOUBLE
     for node in graph.node:
         for attribute in node.attribute:
@@ -52,7 +54,7 @@ def _widen_attribute(op: str, attribute: Any) -> None:
         _widen_tensor(attribute.t)
     if attribute.HasField("g"):
         _widen_graph(attribute.g)
-    if op == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+    if op == "Cast" and attribute.name == "to" and attribute.i in (TensorProto.FLOAT, TensorProto.FLOAT16):
         attribute.i = TensorProto.DOUBLE
     if op == "Constant" and attribute.name in ("value_float", "value_floats"):
         values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
@@ -62,7 +64,7 @@ def _widen_attribute(op: str, attribute: Any) -> None:
 def _widen_tensor(tensor: Any) -> None:
     from onnx import TensorProto, numpy_helper
 
-    if tensor.data_type == TensorProto.FLOAT:
+    if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16):
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
 
 
@@ -71,7 +73,7 @@ def _run_float64(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.n
 
     from .reference_ops import OPERATORS
 
-    wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in inputs.items()}
+    wide = {k: v.astype(np.float64) if v.dtype in (np.float32, np.float16) else v for k, v in inputs.items()}
     evaluator = ReferenceEvaluator(to_float64(model), new_ops=list(OPERATORS))
     return dict(zip(evaluator.output_names, evaluator.run(None, wide), strict=True))
 
@@ -251,17 +253,19 @@ def _ordered(results: dict[str, np.ndarray], names: Sequence[str]) -> list[np.nd
 
 
 def compare(
-    names: Sequence[str], got: Sequence[np.ndarray], want: Sequence[np.ndarray], tolerance: float = TOLERANCE
+    names: Sequence[str], got: Sequence[np.ndarray], want: Sequence[np.ndarray], tolerance: float | None = None
 ) -> list[dict[str, Any]]:
     """Per output: name, max_abs_error, max_abs_reference, relative_error (their ratio), holds, and why where it fails.
 
-    `max |got - want| <= tolerance * max |want|`; where the reference is all zero, the error itself is compared.
+    `max |got - want| <= tolerance * max |want|`, the tolerance by default that of the output's dtype; where the
+    reference is all zero, the error itself is compared.
     """
     if not len(names) == len(got) == len(want):
         raise InputError(f"the network has {len(got)} outputs, its reference {len(want)}: not the same model")
     rows = []
     for name, have, ref in zip(names, got, want, strict=True):
-        row: dict[str, Any] = {"name": name, "holds": False, "tolerance": tolerance}
+        allowed = (HALF_TOLERANCE if have.dtype == np.float16 else TOLERANCE) if tolerance is None else tolerance
+        row: dict[str, Any] = {"name": name, "holds": False, "tolerance": allowed}
         rows.append(row)
         if have.shape != np.shape(ref):
             row["why"] = f"shape {have.shape}, the reference has {np.shape(ref)}"
@@ -274,7 +278,7 @@ def compare(
         error = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
         largest = float(np.abs(b[finite]).max(initial=0.0))
         relative = error / largest if largest else error
-        row.update(max_abs_error=error, max_abs_reference=largest, relative_error=relative, holds=relative <= tolerance)
+        row.update(max_abs_error=error, max_abs_reference=largest, relative_error=relative, holds=relative <= allowed)
         if not row["holds"]:
-            row["why"] = f"relative error {relative:.3g} is above {tolerance:g}"
+            row["why"] = f"relative error {relative:.3g} is above {allowed:g}"
     return rows

@@ -54,7 +54,8 @@ class Kn2row(Lowering[Problem]):
         pixels = ceil_div(prod(problem.size), tile.nr)
         tasks = problem.taps * problem.n * problem.groups * pixels * ceil_div(problem.m_group, tile.mr)
         weights = packed_bytes(problem, Tile(1, tile.mr)) // problem.element * problem.scratch_element
-        return replace(cost, weight_bytes=weights, tasks=tasks)
+        moved = cost.bytes_moved + weights - cost.weight_bytes
+        return replace(cost, weight_bytes=weights, bytes_moved=moved, tasks=tasks)
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)

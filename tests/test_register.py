@@ -55,7 +55,7 @@ class RowPatches(Lowering):
         assert isinstance(problem, ConvProblem)
         k, rows = problem.taps * problem.c, problem.n * prod(problem.out_size[:-1])
         columns = ceil_div(problem.m, tile.nr) * tile.nr
-        patches = problem.element * problem.n * problem.pixels * k
+        patches = problem.scratch_element * problem.n * problem.pixels * k
         weights = problem.element * columns * k
         return LoweringCost(
             gemms=(GemmShape(problem.n * problem.pixels, problem.m, k),),
@@ -83,7 +83,7 @@ class RowPatches(Lowering):
                     for o, s, t, d, p in zip(at, problem.stride, tap, problem.dilation, problem.pad_before, strict=True)
                 ]
                 inside = [test for w, size in zip(where, problem.size, strict=True) for test in (w >= 0, w < size)]
-                return te.if_then_else(te.all(*inside), data(n, *where, c), zero(problem.dtype))
+                return te.if_then_else(te.all(*inside), data(n, *where, c), zero(problem.accumulator))
 
             return te.compute((problem.n, *problem.out_size, problem.c, *problem.kernel), element, name="patches")
 
@@ -150,7 +150,7 @@ class WrongNumbers(RowPatches):
 
         def scaled(data: te.Tensor) -> te.Tensor:
             good = first.compute(data)
-            return te.compute(good.shape, lambda *i: good(*i) * te.const(1 + 1e-3, problem.dtype), name="patches")
+            return te.compute(good.shape, lambda *i: good(*i) * te.const(1 + 1e-3, problem.accumulator), name="patches")
 
         return (Stage("patches", ("data",), scaled, "workspace"), *rest)
 
@@ -163,7 +163,7 @@ class Unwritten(RowPatches):
 
         def partly(data: te.Tensor) -> te.Tensor:
             good = patches.compute(data)
-            return te.compute(good.shape, lambda *i: te.sqrt(zero(problem.dtype) - 1) + good(*i), name="patches")
+            return te.compute(good.shape, lambda *i: te.sqrt(zero(problem.accumulator) - 1) + good(*i), name="patches")
 
         return (Stage("patches", ("data",), partly, "workspace"), pack, gemm)
 

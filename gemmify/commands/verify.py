@@ -10,7 +10,7 @@ from .. import report
 from ..errors import CheckError, InputError
 from ..runtime import random_inputs
 from ..threads import check_threads
-from ..verify import TOLERANCE, check_same_model, compare, reference_outputs
+from ..verify import check_same_model, compare, reference_outputs
 from .run import open_model
 
 
@@ -20,7 +20,7 @@ def execute(
     *,
     seed: int = 0,
     reference: str = "auto",
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     threads: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

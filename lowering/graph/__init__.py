@@ -1,6 +1,6 @@
 """Relax -> Relax: a network as it was exported, to a network of layers that the lowerings know.
 
-`normalize` runs the four passes in their order; each is also a plain TVM module pass.
+`normalize` runs the five passes in their order; each is also a plain TVM module pass.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from .epilogue import LayerSite, describe_layer
 from .fold_batch_norm import FoldBatchNorm
 from .gather_epilogues import LAYER_ATTR, GatherEpilogues
 from .layout import ConvertLayout
+from .widen_sums import WidenSums
 
-PASSES = (Canonicalize, FoldBatchNorm, ConvertLayout, GatherEpilogues)
+PASSES = (Canonicalize, FoldBatchNorm, ConvertLayout, GatherEpilogues, WidenSums)
 
 
 def normalize(mod: tvm.IRModule) -> tvm.IRModule:
@@ -33,6 +34,7 @@ __all__ = [
     "FoldBatchNorm",
     "GatherEpilogues",
     "LayerSite",
+    "WidenSums",
     "describe_layer",
     "normalize",
 ]
