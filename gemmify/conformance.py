@@ -201,6 +201,8 @@ def check(layer: LayerKernel, ops: tuple[EpilogueOp, ...]) -> str | None:
         return f"{where}: cost says {cost.workspace_bytes} bytes of workspace, {layer.workspace_bytes} are allocated"
     if packed != cost.weight_bytes:
         return f"{where}: cost says {cost.weight_bytes} bytes of weights, {packed} are stored"
+    if faults := layer.faults():
+        return f"{where}: {'; '.join(faults)}"
     limit = tolerance(problem.dtype, want, cost.error_growth, ops)
     worst = float(np.max(np.abs(got - want.result)))
     # A NaN compares as False: it must fail.

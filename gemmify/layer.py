@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import tvm
@@ -18,6 +17,7 @@ from schedules import Machine
 
 from .dtypes import require_dtype
 from .errors import InputError
+from .guarded import Guarded
 from .kernels import LayerKernels, layer_kernels
 from .pipeline_build import TIR_PIPELINE
 from .select import suitable
@@ -30,6 +30,7 @@ class LayerKernel:
     kernels: LayerKernels
     functions: list[tvm.runtime.Module]
     _tensors: dict[str, tvm.runtime.Tensor] = field(default_factory=dict)
+    _guarded: dict[str, Guarded] = field(default_factory=dict)
     # Found once: to look a function up in its module takes ten times as long as to call it.
     _calls: list[tuple[Callable[..., object], tuple[tvm.runtime.Tensor, ...]]] = field(default_factory=list)
 
@@ -40,15 +41,17 @@ class LayerKernel:
 
     def bind(self, data: np.ndarray, weight: np.ndarray, operands: Sequence[np.ndarray] = ()) -> None:
         """Give the layer its tensors (in the lowering's layout) and transform the weight; everything it will write
-        is poisoned: NaN, or the largest integer. `weight` is the second tensor whatever the problem calls it: the
-        gradient of a layer by its weights takes the layer's input there.
+        is poisoned: NaN, or the largest integer; so is the memory around each tensor (`faults`). `weight` is the second
+        tensor whatever the problem calls it: the gradient of a layer by its weights takes the layer's input there.
         """
         names = operand_shapes(self.kernels.problem, self.kernels.lowering.layout)
-        self._tensors = {n: tvm.runtime.tensor(given) for n, given in zip(names, (data, weight), strict=True)}
-        self._operands = [tvm.runtime.tensor(o) for o in operands]
+        self._guarded = {name: Guarded.of(given) for name, given in zip(names, (data, weight), strict=True)}
+        self._guarded |= {f"operand {i}": Guarded.of(operand) for i, operand in enumerate(operands)}
+        self._guarded |= {k.name: Guarded.poisoned(k.shape, k.dtype) for k in self.kernels.kernels}
+        self._tensors = {name: guarded.tensor for name, guarded in self._guarded.items()}
+        self._operands = [self._tensors[f"operand {i}"] for i in range(len(operands))]
         self._calls = []
         for kernel, function in zip(self.kernels.kernels, self.functions, strict=True):
-            self._tensors[kernel.name] = tvm.runtime.tensor(np.full(kernel.shape, _poison(kernel.dtype), kernel.dtype))
             extra = self._operands if kernel.kind == "output" else []
             arguments = (*(self._tensors[r] for r in kernel.reads), *extra, self._tensors[kernel.name])
             if kernel.kind == "weight":
@@ -60,6 +63,13 @@ class LayerKernel:
         """Run the activation stages on the bound tensors."""
         for function, arguments in self._calls:
             function(*arguments)
+
+    def faults(self) -> list[str]:
+        """What the calls did beside their tensors: memory around one written, or a workspace left with poison in it,
+        because an element was not written or was computed from what lies outside another tensor."""
+        wrong = [f"{name}: written outside" for name, guarded in self._guarded.items() if not guarded.intact]
+        stages = [kernel.name for kernel in self.kernels.kernels if kernel.kind != "output"]
+        return wrong + [f"{name}: not filled" for name in stages if not self._guarded[name].filled]
 
     def output(self) -> np.ndarray:
         """The output of the last call, in the lowering's layout."""
@@ -88,11 +98,6 @@ class LayerKernel:
                 self()
             seconds.append((time.perf_counter() - start) / number)
         return seconds
-
-
-def _poison(dtype: str) -> Any:
-    """The value that shows where a kernel has written nothing: NaN, or an offset so far out that a read of it fails."""
-    return np.nan if np.issubdtype(np.dtype(dtype), np.floating) else np.iinfo(dtype).max
 
 
 def compile_layer(

@@ -126,7 +126,7 @@ def unroll(problem: ConvProblem, images: int, tile: Tile, data: te.Tensor, where
             image = tirx.min(image, images - 1)
         elif ragged and problem.dims > 1:
             out[0] = tirx.min(position // prod(problem.out_size[1:]), problem.out_size[0] - 1)
-        at = image if images == problem.n else block
+        at = image if images > 1 else block
         value = read_padded(problem, data, at, window_index(problem, out, taps, padded=False), c, "NCHW")
         if ragged and images == 1 and problem.dims == 1:
             return tirx.if_then_else(position < columns, value, zero(problem.accumulator))
