@@ -194,7 +194,7 @@ class BareFalse(RowPatches):
         (WrongBytes, "bytes of workspace"),
         (WrongScratch, "65536 bytes of scratch"),
         (WrongNumbers, "limit"),
-        (Unwritten, "error nan"),
+        (Unwritten, "patches: not filled"),
         (Fickle, "differs from call to call"),
         (Unnamed, "the stages hold the workspaces"),
         (BareFalse, "applicable answers False"),

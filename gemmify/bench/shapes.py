@@ -24,6 +24,8 @@ _GEMMS: dict[str, tuple[tuple[int, int, int], ...]] = {
 
 
 LOWERING_NETWORKS = ("alexnet", "vgg16", "googlenet", "resnet50")
+# What none of these networks has: a large kernel with stride 1, for which the literature takes a Fourier transform.
+_LARGE_KERNELS = {"large:11x11": conv2d(64, 56, 56, 64, 11)}
 
 
 class _Recorder(Builder):
@@ -72,8 +74,9 @@ def gemm_suite() -> dict[str, DenseProblem]:
 
 
 def lowerings_suite() -> dict[str, ConvProblem]:
-    """Every distinct convolution of the networks that the literature measures, named as in the suite `layers`."""
-    return layers_suite(LOWERING_NETWORKS)
+    """Every distinct convolution of the networks that the literature measures, named as in the suite `layers`, and a
+    large kernel."""
+    return {**layers_suite(LOWERING_NETWORKS), **_LARGE_KERNELS}
 
 
 def representatives(shapes: Mapping[str, Problem]) -> dict[str, Problem]:

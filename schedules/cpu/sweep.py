@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tvm
 from tvm import s_tir
 
 from ..machine import Machine
@@ -27,6 +28,9 @@ STEP_ANNOTATION = "gemmify.step"
 STORED_ANNOTATION = "gemmify.stored"
 
 
+_LINE_BYTES = 64
+
+
 def find_sweeps(sch: s_tir.Schedule, func_name: str = "main") -> list[Any]:
     """The blocks that end a second sweep, in program order."""
     root = sch.get_sblock("root", func_name=func_name)
@@ -35,7 +39,9 @@ def find_sweeps(sch: s_tir.Schedule, func_name: str = "main") -> list[Any]:
 
 def schedule_sweeps(sch: s_tir.Schedule, second: Any, machine: Machine) -> None:
     """Schedule the two sweeps that end in the block `second`, and what consumes its result elsewhere, in place."""
-    lanes = machine.lanes(str(sch.get(second).writes[0].source.dtype))
+    # A chunk in one vector; where a register holds less, LLVM makes several of it. With several vectors a chunk in the
+    # schedule the results were wrong on narrow machines (the cause was not found).
+    lanes = max(machine.lanes(str(sch.get(second).writes[0].source.dtype)), _LINE_BYTES * 8 // _bits(sch, second))
     chunk = int(sch.get(second).annotations[CHUNK_ANNOTATION])
     stored = STORED_ANNOTATION in sch.get(second).annotations
     steps, first = _steps(sch, second)
@@ -63,6 +69,10 @@ def schedule_sweeps(sch: s_tir.Schedule, second: Any, machine: Machine) -> None:
         (store,) = sch.get_consumers(second)
         place_consumer(sch, store, vectors, lanes)
         sch.set_scope(second, 0, "local")
+
+
+def _bits(sch: s_tir.Schedule, block: Any) -> int:
+    return int(tvm.DataType(str(sch.get(block).writes[0].source.dtype)).bits)
 
 
 def _steps(sch: s_tir.Schedule, block: Any) -> tuple[list[Any], Any | None]:
