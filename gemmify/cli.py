@@ -31,7 +31,7 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
     elif args.verb == "inspect":
         result = command.execute(args.model, dict(args.shape or []) or None)
     elif args.verb == "explain":
-        result = command.execute(args.model, args.layer, chosen_options(args))
+        result = command.execute(args.model, args.layer, chosen_options(args) | {"threads": args.threads})
     elif args.verb == "plan":
         result = command.execute(args.model, args.output, chosen_options(args) | {"threads": args.threads})
     elif args.verb == "compile":

@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL|LIB", help=_MODEL + ", or a library")
     inspect.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
 
-    explain = verb("explain", "for each layer every lowering: chosen, or why not; compiles nothing", threads=False)
+    explain = verb("explain", "for each layer every lowering: chosen, or why not; compiles nothing")
     explain.add_argument("model", metavar="MODEL", help=_MODEL)
     explain.add_argument("--layer", metavar="NAME", help="this layer only")
     _compile_options(explain, dump=False)
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the random inputs")
     verify.add_argument("--reference", default="auto", help="auto, onnxruntime or float64")
     verify.add_argument(
-        "--tolerance", type=float, help="of the largest absolute output (default 1e-4, for float16 4e-3)"
+        "--tolerance", type=float, help="of the largest absolute output (default 1e-4, 4e-3 where a tensor is float16)"
     )
     _compile_options(verify)
 

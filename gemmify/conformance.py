@@ -65,26 +65,34 @@ def check_lowering(
     inside the kernels equal the cost's.
 
     The code runs in this process: what writes outside its tensors can end it. Raises CheckError that names what fails,
-    InputError where a problem is given that the lowering refuses or none is found that it accepts, and TypeError or
+    what the lowering raises included, InputError where a problem is given that it refuses or none is found that it
+    accepts, and TypeError or
     ValueError for an object that is no complete lowering.
     """
     check_attributes(lowering)
     resolved = resolve_target(target)
     machine = Machine.from_target(resolved)
-    failures = list(_odd_answers(lowering))
+    failures = list(_odd_answers(lowering, problems or ()))
     if problems is None:
         found = [] if failures else accepted(lowering, count)
         problems = [problem for problem in found if refusal(problem.dtype, machine) is None]
         if not problems and not failures:
             raise InputError(f"{lowering.key} accepts none of many random layers; give problems that it accepts")
-    for problem in problems:
+    for problem in problems if not failures else ():
         if (reason := lowering.applicable(problem)) is not None:
             raise InputError(f"{lowering.key} does not apply to {problem}: {reason}; give problems that it accepts")
     cases = [(problem, EPILOGUES[i % len(EPILOGUES)]) for i, problem in enumerate(problems)]
-    for problem, _ in cases:
-        failures += _contract(lowering, problem, machine)
+    for problem, _ in cases if not failures else ():
+        try:
+            failures += _contract(lowering, problem, machine)
+        except Exception as error:  # whatever the lowering's own code raises is a fault of the lowering
+            failures.append(f"{problem}: {_raised(lowering, error)}")
     if not failures:
-        for layer, (_, ops) in zip(compile_cases(cases, machine, resolved, [lowering]), cases, strict=True):
+        try:
+            layers = compile_cases(cases, machine, resolved, [lowering])
+        except Exception as error:
+            raise CheckError(f"{lowering.key} fails its check: compiling it raises {_said(error)}") from error
+        for layer, (_, ops) in zip(layers, cases, strict=True):
             failures += [found for found in (check(layer, ops), scratch_differs(layer, resolved)) if found is not None]
     if failures:
         more = f"; and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
@@ -92,14 +100,34 @@ def check_lowering(
     return Conformance(lowering.key, tuple(problems))
 
 
-def _odd_answers(lowering: Lowering) -> Iterator[str]:
+def _odd_answers(lowering: Lowering, given: Sequence[Problem]) -> Iterator[str]:
     """What `applicable` answers that is neither None nor a Reason of some words."""
     layers = random_layers(1)
-    for problem in (next(layers) for _ in range(REFUSALS)):
-        answer = lowering.applicable(problem)
+    for problem in (*given, *(next(layers) for _ in range(REFUSALS))):
+        try:
+            answer = lowering.applicable(problem)
+        except Exception as error:
+            yield f"{problem}: {_raised(lowering, error)}"
+            return
         if answer is not None and not (isinstance(answer, Reason) and answer.text.strip()):
             yield f"applicable answers {answer!r} to {problem}, neither None nor a Reason"
             return
+
+
+def _raised(lowering: Lowering, error: Exception) -> str:
+    """What a method of `lowering` raised, and which one it was."""
+    step, names = error.__traceback__, ["applicable", "axes", "cost", "build"]
+    found = "it"
+    while step is not None:
+        code = step.tb_frame
+        if code.f_code.co_name in names and code.f_locals.get("self") is lowering:
+            found = code.f_code.co_name
+        step = step.tb_next
+    return f"{found} raises {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _contract(lowering: Lowering, problem: Problem, machine: Machine) -> Iterator[str]:

@@ -16,6 +16,7 @@ from .layer import LayerKernel, compile_layer
 from .pipeline import resolve_target
 from .threads import check_threads, default_threads, use_threads
 
+DTYPES = ("float32", "float64")
 ROLES = {"input": InputGradientProblem, "weight": WeightGradientProblem}
 
 
@@ -70,9 +71,18 @@ def conv_gradients(
     """Compile the gradients of `problem` by its input and by its weight.
 
     `lowering` is the key for both, or `{"input": key, "weight": key}`: "implicit-gemm" or "im2col". `threads` run them
-    (default: the physical cores that this process may use). Raises InputError for another key or role, and for a dtype
-    other than float32 and float64.
+    (default: the physical cores that this process may use). Raises InputError for another key or role, for what is no
+    such problem, and for a dtype other than float32 and float64.
     """
+    if not isinstance(problem, ConvProblem | DenseProblem):
+        made = "lowering.conv2d(...), a ConvProblem or a DenseProblem"
+        raise InputError(
+            f"the gradients are those of a layer, made by {made}; got {type(problem).__name__} {problem!r}"
+        )
+    if problem.dtype not in DTYPES:
+        raise InputError(f"gradients are computed in {' or '.join(DTYPES)}, not in {problem.dtype}; widen the layer")
+    if not isinstance(lowering, str | Mapping):
+        raise InputError(f'lowering needs a key, or {{"input": key, "weight": key}}; got {lowering!r}')
     threads = default_threads() if threads is None else check_threads(threads)
     keys = dict.fromkeys(ROLES, lowering) if isinstance(lowering, str) else dict(lowering)
     if set(keys) != set(ROLES):

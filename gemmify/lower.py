@@ -75,21 +75,29 @@ def choose_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[s
     the model does not have; UnsupportedError for a layer in a dtype that is not compiled for the machine.
     """
     chosen: dict[str, tuple[LayerSite, Choice]] = {}
-    for name, func in layer_functions(mod).items():
-        site = describe_layer(func)
-        if site is not None:
-            require_dtype(f"layer {site.name}", site.problem.dtype, machine)
-            chosen[name] = (site, choose(site.name, site.problem, machine, policy))
-    known = [site.name for site, _ in chosen.values()]
-    for asked in policy.layers or {}:
-        if asked not in known:
-            raise unknown_layer(asked, known)
+    for name, site in layer_sites(mod, policy).items():
+        require_dtype(f"layer {site.name}", site.problem.dtype, machine)
+        chosen[name] = (site, choose(site.name, site.problem, machine, policy))
     return chosen
 
 
-def unknown_layer(asked: str, known: list[str]) -> InputError:
-    """The error of a layer name that the model does not have: it says which names there are, or which are close."""
-    return InputError(f"no layer is named {asked!r}; {_known_layers(asked, known)}")
+def layer_sites(mod: tvm.IRModule, policy: Policy) -> dict[str, LayerSite]:
+    """The site of every layer function that a lowering can express, by function name. Raises InputError for a layer
+    name of the policy that the model does not have."""
+    described = {name: describe_layer(func) for name, func in layer_functions(mod).items()}
+    sites = {name: site for name, site in described.items() if site is not None}
+    known = [site.name for site in sites.values()]
+    for asked in policy.layers or {}:
+        if asked not in known:
+            raise unknown_layer(asked, known, policy.origin)
+    return sites
+
+
+def unknown_layer(asked: str, known: list[str], origin: str | None = None) -> InputError:
+    """The error of a layer name that the model does not have: it says which names there are, or which are close, and
+    the file `origin` that the name comes from."""
+    where = "" if origin is None else f"{origin}: "
+    return InputError(f"{where}no layer is named {asked!r}; {_known_layers(asked, known)}")
 
 
 def _known_layers(asked: str, known: list[str]) -> str:

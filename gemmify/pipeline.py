@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -174,9 +174,10 @@ def user_policy(
         return make_policy(plan.layers, strict, max_workspace, max_error)
     found = Plan.load(Path(plan))
     try:
-        return make_policy(found.layers, strict, max_workspace, max_error)
+        policy = make_policy(found.layers, strict, max_workspace, max_error)
     except InputError as err:
         raise InputError(f"the plan {plan}: {err}") from err
+    return replace(policy, origin=f"the plan {plan}")
 
 
 class _Stages:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,19 @@ from .errors import InputError
 from .sizes import parse_size
 
 
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """The known keys that are close to a mistyped one, as the middle of a refusal; nothing where none is."""
+    close = difflib.get_close_matches(str(key).lower(), list(known), n=2, cutoff=0.7)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
 @dataclass(frozen=True)
 class Policy:
     """What the user asked for: a key for every layer ("auto" picks), keys by layer name, and the budgets.
 
     `strict` turns a key that does not apply into InputError. `max_workspace` bounds the scratch of one layer in bytes,
-    `max_error` its expected error relative to the largest output (None: see `error_bound`).
+    `max_error` its expected error relative to the largest output (None: see `error_bound`). `origin` is where the
+    keys come from, for errors.
     """
 
     default: str = "auto"
@@ -26,13 +34,15 @@ class Policy:
     strict: bool = False
     max_workspace: int | None = None
     max_error: float | None = None
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         asked = [("", self.default), *((f" (of layer {name})", key) for name, key in (self.layers or {}).items())]
         for layer, key in asked:
             if key != "auto" and key not in catalogue():
                 known = ", ".join(catalogue())
-                raise InputError(f"lowering {key!r}{layer} is not known; choose auto or one of {known}")
+                hint = did_you_mean(key, catalogue())
+                raise InputError(f"lowering {key!r}{layer} is not known; {hint}choose auto or one of {known}")
         if self.max_workspace is not None and self.max_workspace < 0:
             raise InputError(f"the workspace bound must be at least 0 bytes, got {self.max_workspace}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .export import write_text
 
@@ -88,7 +88,9 @@ def table(title: str, columns: Sequence[Column], rows: Iterable[dict[str, Any]])
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     numeric = {count, size, duration, share, error}
     for heading, _, written in columns:
-        made.add_column(heading, justify="right" if written in numeric else "left", overflow="fold")
+        # A key is there to be found and copied whole.
+        side: Literal["left", "right"] = "right" if written in numeric else "left"
+        made.add_column(heading, justify=side, overflow="fold", no_wrap=heading == "lowering")
     for row in rows:
         # Text, not markup: a layer name may hold square brackets.
         made.add_row(*(Text(written(row[key]) if key in row else "") for _, key, written in columns))

@@ -133,7 +133,7 @@ def pick(layer: str, candidates: list[Candidate], machine: Machine, policy: Poli
     """`choose` among the candidates that `consider` found under the same policy."""
     usable = by_time(candidates)
     if not usable:
-        raise InputError(f"layer {layer}: {_nothing_fits(candidates, policy)}")
+        raise InputError(f"layer {layer}: {nothing_fits(candidates, policy)}")
     best, key = usable[0], policy.key_for(layer)
     if key == "auto":
         why = f"least modelled time of {len(usable)} that apply"
@@ -163,7 +163,7 @@ def _named(usable: list[Candidate]) -> str:
     return f"what works here, best first: {', '.join(c.key for c in usable[:NAMED])}"
 
 
-def _nothing_fits(candidates: list[Candidate], policy: Policy) -> str:
+def nothing_fits(candidates: list[Candidate], policy: Policy) -> str:
     """Why no candidate remains: `direct` needs no workspace and always applies, so the error is what is too large."""
     within = [c for c in candidates if c.cost is not None and c.exceeds != "workspace"]
     best = min(within, key=lambda c: c.error)

@@ -20,7 +20,7 @@ from .manifest import Manifest
 TOLERANCE = 1e-4
 """Largest error that is accepted, as a share of the reference's largest absolute value."""
 HALF_TOLERANCE = 8 * 2.0**-11
-"""The same for an output in float16: a few of the roundings that every tensor in between goes through."""
+"""The same where a tensor is in float16: a few of the roundings that every tensor in between goes through."""
 REFERENCES = ("auto", "onnxruntime", "float64")
 
 
@@ -252,19 +252,49 @@ def _ordered(results: dict[str, np.ndarray], names: Sequence[str]) -> list[np.nd
     return list(results.values())
 
 
+def computes_in_half(model: Any, manifest: Manifest) -> bool:
+    """Whether a tensor of the network is in float16: an input, an output, a layer's, or one inside the ONNX `model`."""
+    dtypes = {spec.dtype for spec in (*manifest.inputs, *manifest.outputs)}
+    dtypes |= {layer["problem"].get("dtype") for layer in manifest.layers}
+    if "float16" in dtypes:
+        return True
+    proto = None if Path(str(model)).suffix == ".pt2" else onnx_model(model)
+    return proto is not None and _half_in_graph(proto.graph)
+
+
+def _half_in_graph(graph: Any) -> bool:
+    from onnx import TensorProto
+
+    half = TensorProto.FLOAT16
+    values = [*graph.input, *graph.output, *graph.value_info]
+    attributes = [(node.op_type, attribute) for node in graph.node for attribute in node.attribute]
+    return (
+        any(tensor.data_type == half for tensor in graph.initializer)
+        or any(value.type.tensor_type.elem_type == half for value in values)
+        or any(op == "Cast" and a.name == "to" and a.i == half for op, a in attributes)
+        or any(a.HasField("t") and a.t.data_type == half for _, a in attributes)
+        or any(a.HasField("g") and _half_in_graph(a.g) for _, a in attributes)
+    )
+
+
 def compare(
-    names: Sequence[str], got: Sequence[np.ndarray], want: Sequence[np.ndarray], tolerance: float | None = None
+    names: Sequence[str],
+    got: Sequence[np.ndarray],
+    want: Sequence[np.ndarray],
+    tolerance: float | None = None,
+    half: bool = False,
 ) -> list[dict[str, Any]]:
     """Per output: name, max_abs_error, max_abs_reference, relative_error (their ratio), holds, and why where it fails.
 
-    `max |got - want| <= tolerance * max |want|`, the tolerance by default that of the output's dtype; where the
-    reference is all zero, the error itself is compared.
+    `max |got - want| <= tolerance * max |want|`, the tolerance by default that of the output's dtype, or of float16
+    where the network holds a tensor in it (`half`); where the reference is all zero, the error itself is compared.
     """
     if not len(names) == len(got) == len(want):
         raise InputError(f"the network has {len(got)} outputs, its reference {len(want)}: not the same model")
     rows = []
     for name, have, ref in zip(names, got, want, strict=True):
-        allowed = (HALF_TOLERANCE if have.dtype == np.float16 else TOLERANCE) if tolerance is None else tolerance
+        usual = HALF_TOLERANCE if half or have.dtype == np.float16 else TOLERANCE
+        allowed = usual if tolerance is None else tolerance
         row: dict[str, Any] = {"name": name, "holds": False, "tolerance": allowed}
         rows.append(row)
         if have.shape != np.shape(ref):

@@ -26,13 +26,12 @@ def spectra(problem: ConvProblem, form: FftForm, data: te.Tensor) -> te.Tensor:
 
     def gather(slab: Any, r: Any, y: Any, x: Any, channel: Any) -> Any:
         where, n = _position(problem, form, slab, r, y, x)
-        inside, clamped = [], []
+        inside = []
         for at, size, low, high in zip(where, problem.size, problem.pad_before, _above(problem, form), strict=True):
             inside += ([at >= 0] if low else []) + ([at < size] if high else [])
-            bounded = tirx.max(at, 0) if low else at
-            clamped.append(tirx.min(bounded, size - 1) if high else bounded)
-        value = data(n, *clamped, channel)
-        return tirx.Select(tirx.all(*inside), value, zero(problem.accumulator)) if inside else value
+        value = data(n, *where, channel)
+        # A branch, not a Select: that reads on both sides, and TVM drops a clamp which the condition makes needless.
+        return tirx.if_then_else(tirx.all(*inside), value, zero(problem.accumulator)) if inside else value
 
     tile = te.compute((slabs, rows, ty, tx, c), gather, name="fft_tile", attrs=step)
     # 1. along x: half a spectrum for every y

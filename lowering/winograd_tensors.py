@@ -159,7 +159,7 @@ def transform_weight(problem: ConvProblem, form: Form, tile: Tile, weight: te.Te
     def packed(p: Any, *index: Any) -> Any:
         m = p * tile.nr + index[-1]
         value = transformed((tirx.min(m, problem.m - 1), *index[:-1]))
-        return value if problem.m % tile.nr == 0 else tirx.Select(m < problem.m, value, tirx.const(0, dtype))
+        return value if problem.m % tile.nr == 0 else tirx.if_then_else(m < problem.m, value, tirx.const(0, dtype))
 
     shape = (ceil_div(problem.m, tile.nr), *form.alpha, c, tile.nr)
     attrs = {CHAIN_ANNOTATION: "o" + "u" * dims + "rv", ONCE_ANNOTATION: 1}
@@ -167,7 +167,7 @@ def transform_weight(problem: ConvProblem, form: Form, tile: Tile, weight: te.Te
 
 
 def transform_input(problem: ConvProblem, form: Form, data: te.Tensor) -> te.Tensor:
-    """`V = B^T d B`: `[N][*blocks][*alpha][Pb][C]`, the tile read with clamped addresses and masked outside."""
+    """`V = B^T d B`: `[N][*blocks][*alpha][Pb][C]`, the tile zero outside the input."""
     dims, dtype = problem.dims, problem.accumulator
     lead = 2 + dims  # the index within a tile stands behind N, the block and the tile of the block
 
@@ -177,9 +177,9 @@ def transform_input(problem: ConvProblem, form: Form, data: te.Tensor) -> te.Ten
             (b * size + t) * m + i - before
             for b, size, t, m, i, before in zip(block, form.block, q, form.m, at, problem.pad_before, strict=True)
         ]
-        clamped = [tirx.min(tirx.max(w, 0), size - 1) for w, size in zip(where, problem.size, strict=True)]
         inside = [test for w, size in zip(where, problem.size, strict=True) for test in (w >= 0, w < size)]
-        return tirx.Select(tirx.all(*inside), data(n, *clamped, channel), tirx.const(0, dtype))
+        # A branch, not a Select: that reads on both sides, and TVM drops a clamp which the condition makes needless.
+        return tirx.if_then_else(tirx.all(*inside), data(n, *where, channel), tirx.const(0, dtype))
 
     shape = (problem.n, *form.blocks, form.tiles, *form.alpha, problem.c)
     tile = te.compute(shape, gather, name="winograd_tile")

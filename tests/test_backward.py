@@ -310,3 +310,13 @@ def test_conv_gradients(key: str) -> None:
             np.testing.assert_allclose(got, want, atol=1e-4)
     with pytest.raises(gemmify.InputError, match=r"needs .*\(1, 6, 5, 8\)"):
         found.weight(output_gradient[:, 1:], given)
+
+
+def test_conv_gradients_of_something_else_is_refused() -> None:
+    with pytest.raises(gemmify.InputError, match="float32 or float64, not in float16"):
+        gemmify.conv_gradients(conv2d(3, 8, 8, 4, 3, dtype="float16"))
+    for wrong in ([1, 2], "conv", None):
+        with pytest.raises(gemmify.InputError, match="the gradients are those of a layer"):
+            gemmify.conv_gradients(wrong)  # type: ignore[arg-type]
+    with pytest.raises(gemmify.InputError, match="lowering needs a key"):
+        gemmify.conv_gradients(conv2d(3, 8, 8, 4, 3), lowering=3)  # type: ignore[arg-type]

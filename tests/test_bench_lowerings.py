@@ -255,3 +255,21 @@ def test_the_command_fails_where_a_lowering_failed() -> None:
         bench.check({"failures": failures})
     bench.check({"failures": []})
     bench.check({"rows": []})
+
+
+def test_keys_that_do_not_apply_are_listed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_lowerings(layer="*", lowerings=["im2row", "winograd-2"], threads=1, repeat=1)
+    assert found["asked"] == ["winograd-2", "im2row"]
+    shown = _text(render(found))
+    assert "winograd-2 does not apply: needs stride 1, got 2x2" in shown and "im2row does not apply" not in shown
+    assert shown.count("multiply-adds; *N: what auto takes") == sum(
+        any(key == layer["auto"]["1"] for key in ("im2row", "winograd-2")) for layer in found["layers"]
+    )
+    only = run_lowerings(layer="*", lowerings=["winograd-2"], threads=1, repeat=1)
+    assert "net:b: 1x3x33x33" in _text(render(only)) and "|  |" not in render_markdown(only)
+    monkeypatch.setattr(lowerings, "compile_layer", lambda *_a, **_k: pytest.fail("something was compiled"))
+    monkeypatch.setattr(lowerings, "_limit", lambda *_a, **_k: pytest.fail("something was measured"))
+    with pytest.raises(InputError, match=r"any of the 2 layers: pointwise needs a 1x1 kernel, got 3x3 \(net:a\)"):
+        run_lowerings(layer="*", lowerings=["pointwise"], threads=1)
+    with pytest.raises(InputError, match="unknown lowering 'im2ro'; did you mean im2row"):
+        run_lowerings(lowerings=["im2ro"])

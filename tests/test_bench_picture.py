@@ -111,3 +111,22 @@ def test_what_cannot_be_drawn_is_refused_before_the_work(
     monkeypatch.setattr(picture.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", "--suite", "lowerings", "--picture", "p.svg"]) == 2
     assert "pip install 'gemmify[report]'" in capfd.readouterr().err
+
+
+def test_one_panel_holds_its_title_and_names_its_times() -> None:
+    result = _result(["direct", "im2row", "mec"], counts=(1,))
+    result["machine"] = {"cpu": "A processor with a very long name (R) CPU @ 2.20GHz"}
+    figure = picture.draw(result)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    (ax,) = (ax for ax in figure.axes if ax.get_title())
+    for text in (figure._suptitle, ax.title):
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text.get_text()
+    low, high = ax.get_ylim()
+    ticks = [
+        (t, l.get_text())
+        for which in (False, True)
+        for t, l in zip(ax.yaxis.get_ticklocs(minor=which), ax.yaxis.get_ticklabels(minor=which), strict=True)
+    ]
+    assert len([name for at, name in ticks if low <= at <= high and name]) > 2

@@ -13,6 +13,7 @@ import pytest
 from test_plan import make_model, refused
 
 from gemmify import InputError, cli
+from gemmify.commands import explain as commands_explain
 from gemmify.commands import list as listing
 from gemmify.explain import explain_model
 from gemmify.layer import compile_layer
@@ -129,6 +130,42 @@ def test_wrong_calls(model: str, capfd) -> None:
     refused(
         capfd, ["explain", model, "--lowering", "fc=im2row", "--strict"], "layer fc: im2row does not apply", "dense"
     )
+
+
+def test_nothing_fits_and_other_layers_do_not_matter(model: str, capfd) -> None:
+    assert cli.main(["explain", model, "--layer", "stem", "--max-error", "1e-12"]) == 0
+    out = capfd.readouterr().out
+    assert "nothing fits: no lowering is expected to stay below an error of 1.0e-12" in out
+    assert "the bound is 1.0e-12" in out and "im2row" in out and "chosen" not in out
+    stem = group_of(explain_model(model, layer="stem", max_error=1e-12), "stem")
+    assert stem["lowering"] is None and {c["ratio"] for c in stem["candidates"] if "ratio" in c} == {None}
+    assert all(c["verdict"] not in ("chosen", "None") for c in stem["candidates"])
+    assert group_of(explain_model(model, layer="fc", lowering="dense", strict=True), "fc")["lowering"] == "dense"
+
+
+def test_threads_are_those_of_the_workspace(model: str, capfd) -> None:
+    assert cli.main(["explain", model, "--threads", "1", "--json", "-"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["threads"] == 1 == explain_model(model, threads=1)["threads"]
+    refused(capfd, ["explain", model, "--threads", "9999"], "9999 threads were asked for")
+
+
+def test_a_mistyped_key_is_answered_with_a_close_one(model: str, capfd) -> None:
+    refused(capfd, ["explain", model, "--lowering", "kn2row_aa"], "did you mean kn2row-aa", "choose auto or one of")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_breaks_no_key(model: str, width: int) -> None:
+    stem = group_of(explain_model(model), "stem")
+    usable = [c for c in stem["candidates"] if "gemms" in c]
+    lines = commands_explain.narrow(usable, max(80, width))
+    assert all(len(line) <= max(80, width) for line in lines)
+    assert [line.split()[0] for line in lines[2:] if line[0] != " "] == [c["key"] for c in usable]
+    blocks = listing.blocks(listing.lowerings(), width)
+    assert all(len(line) <= width for line in blocks)
+    assert [line.split()[0] for line in blocks if line[0] != " "] == list(LOWERINGS)
+    said = " ".join(" ".join(blocks).split())
+    assert all(low.source in said and low.gemm_formula in said for low in LOWERINGS.values())
 
 
 # --- what would work -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tvm import te
 import gemmify
 from gemmify import verify
 from gemmify.accuracy import UNIT, expected_error
+from gemmify.commands import verify as verify_command
 from gemmify.conformance import Case, check, compile_cases, scratch_differs
 from gemmify.errors import UnsupportedError
 from gemmify.fold import evaluate
@@ -243,3 +244,20 @@ def test_small_network(middle: str, target: str) -> None:
     for g, w in zip(got, want, strict=True):
         assert g.dtype == np.float16 and np.unique(w).size > 4
         assert np.abs(g - w).max() < 6 * UNIT["float16"] * np.abs(w).max()
+
+
+@needs_conversion
+def test_verify_allows_for_float16_inside(tmp_path) -> None:
+    """x -> Conv in float16 -> Cast -> y in float32: the output's dtype does not tell."""
+    helper, half = onnx.helper, onnx.TensorProto.FLOAT16
+    weight = numpy_helper.from_array(values(8, 4, 3, 3).astype(np.float16), "w")
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"]), helper.make_node("Cast", ["a"], ["y"], to=1)]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(nodes, "g", [info("x", half, [1, 4, 9, 9])], [info("y", 1, [1, 8, 7, 7])], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path / "half.onnx"
+    onnx.save(model, str(path))
+    found = verify_command.execute(str(path), reference="float64")
+    (row,) = found["outputs"]
+    assert found["holds"] and row["tolerance"] == verify.HALF_TOLERANCE and row["relative_error"] > 1e-5
+    assert verify_command.execute(str(path), reference="float64", tolerance=1e-6)["outputs"][0]["tolerance"] == 1e-6

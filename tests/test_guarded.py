@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,3 +57,11 @@ def test_a_copy_from_outside_the_input_is_a_fault(shift: int, found: list[str]) 
     rng = np.random.default_rng(0)
     layer.run(rng.standard_normal((1, 6, 6, 4)).astype("f"), rng.standard_normal((8, 3, 3, 4)).astype("f"))
     assert layer.faults() == found
+
+
+@pytest.mark.parametrize("side", ["front", "back"])
+def test_no_lowering_touches_a_page_beside_its_tensors(side: str) -> None:
+    script = Path(__file__).with_name("guard_pages.py")
+    run = subprocess.run([sys.executable, str(script), side], capture_output=True, text=True, check=False)
+    last = "\n".join(run.stdout.splitlines()[-1:])
+    assert run.returncode == 0 and last.startswith("done"), f"{last}\n{run.stderr[-2000:]}"

@@ -90,7 +90,7 @@ def test_a_plan_of_some_layers_leaves_the_rest_to_auto(model, tmp_path):
 def test_plans_that_do_not_fit_are_refused_in_words(model, tmp_path, capfd, verb):
     words = [verb, model, "-o", str(tmp_path / "out"), "--plan"]
     bad = tmp_path / "p.json"
-    refused(capfd, [*words, write_plan(bad, stern="im2row")], "no layer is named 'stern'", "stem, mix, fc")
+    refused(capfd, [*words, write_plan(bad, stern="im2row")], "p.json: no layer is named 'stern'", "stem, mix, fc")
     refused(capfd, [*words, write_plan(bad, stem="im2pony")], "p.json", "'im2pony' (of layer stem)", "im2row")
     refused(capfd, [*words, write_plan(bad, stem=3)], "must give layer 'stem' a lowering's key or auto, found 3")
     refused(capfd, [*words, write_plan(bad), "--lowering", "im2row"], "both a plan and a lowering")

@@ -188,9 +188,21 @@ class BareFalse(RowPatches):
         return super().applicable(problem) and False
 
 
+class NoCost(RowPatches):
+    def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
+        raise KeyError("patches")
+
+
+class NoAnswer(RowPatches):
+    def applicable(self, problem: Problem) -> Any:
+        raise AttributeError("no such thing")
+
+
 @pytest.mark.parametrize(
     ("cls", "said"),
     [
+        (NoCost, r"row-patches fails its check: \w+Problem\(.*cost raises KeyError: 'patches'"),
+        (NoAnswer, r"row-patches fails its check: \w+Problem\(.*applicable raises AttributeError: no such thing"),
         (WrongBytes, "bytes of workspace"),
         (WrongScratch, "65536 bytes of scratch"),
         (WrongNumbers, "limit"),

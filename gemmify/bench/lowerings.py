@@ -23,6 +23,7 @@ from gemmify.bench.turns import measure_in_turn
 from gemmify.errors import InputError
 from gemmify.layer import LayerKernel, compile_layer
 from gemmify.pipeline_build import kernel_workspace_bytes
+from gemmify.policy import did_you_mean
 from gemmify.select import Policy, choose
 from gemmify.threads import check_threads, default_threads
 from lowering import Problem, catalogue
@@ -61,11 +62,12 @@ def run_lowerings(
 
     Each result is compared with float64 on inputs drawn from `seed` (default: a new one each run): every output, before
     and after the timing. Workspace is what is allocated, tensors and scratch inside the kernels, and must equal the
-    lowering's formula. Returns a dict that is ready for JSON: `rows` (one a layer, lowering and number of threads; all
-    `times`, GFLOP/s by the definition's multiply-adds and its share of the peak measured beside it), `layers` (which
-    lowerings do not apply and why, which one `auto` takes), `failures`, and the summary of `summarize_lowerings`.
+    lowering's formula. Returns a dict that is ready for JSON: `asked` (the keys, where some were given), `rows` (one a
+    layer, lowering and number of threads; all `times`, GFLOP/s by the definition's multiply-adds and its share of the
+    peak measured beside it), `layers` (which lowerings do not apply and why, which one `auto` takes), `failures`, and
+    the summary of `summarize_lowerings`.
     A lowering that fails stands in `failures` with what went wrong; the others go on. Raises InputError for an unknown
-    layer, lowering, target or number of threads.
+    layer, lowering, target or number of threads, and where no lowering that was asked for applies to any layer.
     """
     keys = check_keys(lowerings)
     most = default_threads() if threads is None else check_threads(threads)
@@ -75,15 +77,25 @@ def run_lowerings(
         raise InputError(str(error)) from error
     everything = select_shapes(SUITE, layer)
     shapes = choose_shapes(everything, layer, quick)
+    check_some_apply(keys, shapes)
     counts = sorted({1, most})
     limits = [_limit(count, with_cores(resolved, count)) for count in counts]
-    progress("peak " + ", ".join(f"{limit['gflops']:.0f} GFLOP/s on {limit['threads']}" for limit in limits))
+    progress(
+        "peak " + ", ".join(f"{limit['gflops']:.0f} GFLOP/s on {count_text(limit['threads'])}" for limit in limits)
+    )
     bench = _Bench(keys, counts, resolved, repeat, quick, secrets.randbits(32) if seed is None else seed, limits)
     for index, (name, problem) in enumerate(shapes.items(), 1):
         bench.layer(name, problem)
         progress(f"{index}/{len(shapes)} {name}: {said(bench.rows, bench.failures, name)}")
     result = header(SUITE, most, resolved)
-    result.update(suite=SUITE, quick=quick, shapes=len(shapes), of=len(select_shapes(SUITE)), seed=bench.seed)
+    result.update(
+        suite=SUITE,
+        asked=keys if lowerings else [],
+        quick=quick,
+        shapes=len(shapes),
+        of=len(select_shapes(SUITE)),
+        seed=bench.seed,
+    )
     result.update(threads=counts, limits=limits, layers=bench.layers, rows=bench.rows, failures=bench.failures)
     return {**result, **summarize_lowerings(bench.rows, bench.layers, counts)}
 
@@ -93,14 +105,31 @@ def check_keys(lowerings: Sequence[str] | None) -> list[str]:
     known = list(catalogue())
     for key in lowerings or ():
         if key not in known:
-            raise InputError(f"unknown lowering {key!r}; choose from {', '.join(known)}")
+            raise InputError(f"unknown lowering {key!r}; {did_you_mean(key, known)}choose from {', '.join(known)}")
     return [key for key in known if not lowerings or key in lowerings]
+
+
+def check_some_apply(keys: Sequence[str], shapes: Mapping[str, Problem]) -> None:
+    """InputError, with the reasons, where none of `keys` applies to any of the layers."""
+    reasons: dict[str, str] = {}
+    for name, problem in shapes.items():
+        for key in keys:
+            if (reason := catalogue()[key].applicable(problem)) is None:
+                return
+            reasons.setdefault(key, f"{key} {reason} ({name})")
+    asked = "the layer" if len(shapes) == 1 else f"any of the {len(shapes)} layers"
+    raise InputError(f"no lowering that was asked for applies to {asked}: {'; '.join(reasons.values())}")
 
 
 def choose_shapes(shapes: Mapping[str, Problem], layer: str | None, quick: bool) -> dict[str, Problem]:
     """The layers to be measured: all that were named, else representatives; a few of them for `quick`."""
     chosen = dict(shapes) if layer is not None else representatives(shapes)
     return spread(chosen, QUICK_SHAPES) if quick else chosen
+
+
+def count_text(threads: int) -> str:
+    """A number of threads in words."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def with_cores(target: Target, cores: int) -> Target:
@@ -123,7 +152,7 @@ def said(rows: Sequence[Row], failures: Sequence[Row], name: str) -> str:
         parts.append(f"fastest on {threads}: {share}")
     failed = list(dict.fromkeys(row["lowering"] for row in failures if row["name"] == name))
     tried = len({row["lowering"] for row in mine})
-    return "; ".join([f"{tried} lowerings", *parts, *([f"FAILED: {', '.join(failed)}"] if failed else [])])
+    return "; ".join([f"{tried} lowering{'s' * (tried != 1)}", *parts, *([f"FAILED: {', '.join(failed)}"] if failed else [])])
 
 
 class _Bench:

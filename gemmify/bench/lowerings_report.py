@@ -14,7 +14,10 @@ def lowerings_parts(result: Mapping[str, Any]) -> list[Part]:
     counts = result["threads"]
     limits = ", ".join(f"{limit['gflops']:.0f} GFLOP/s on {_threads(limit['threads'])}" for limit in result["limits"])
     parts: list[Part] = [f"multiply-add peak measured in this run: {limits}; inputs of seed {result['seed']}", *NOTES]
-    parts += [_layer(layer, result["rows"], counts) for layer in result["layers"]]
+    for layer in result["layers"]:
+        parts.append(_layer(layer, result["rows"], counts))
+        refused = layer.get("inapplicable", {})
+        parts += [f"{key} does not apply: {refused[key]}" for key in result.get("asked", ()) if key in refused]
     if len(result["layers"]) > 1:
         parts.append(_fastest(result["by_layer"], counts))
         parts.append(_over_layers(result, counts))
@@ -38,7 +41,7 @@ def _threads(threads: int) -> str:
     return "1 thread" if threads == 1 else f"{threads} threads"
 
 
-def _layer(layer: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> Section:
+def _layer(layer: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> Part:
     """One layer: a row a lowering, the fastest on all threads first; a star marks what `auto` takes."""
     mine = {(row["lowering"], row["threads"]): row for row in rows if row["name"] == layer["name"] and "best" in row}
     times = [[f"ms on {_threads(t)}", "median", "of peak"] for t in counts]
@@ -66,8 +69,10 @@ def _layer(layer: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], counts: 
         cells += ["-" if row is None else size(row["workspace_bytes"]) for row in there]
         cells += [size(last["workspace_formula_bytes"]), size(last["weight_bytes"]), _error(last["error"])]
         table.append(cells)
-    stars = f"; *N: what auto takes on N threads, {count(layer['macs'])} multiply-adds"
-    return Section(f"{layer['name']}: {problem_text(layer['problem'])}{stars}", columns, table)
+    title = f"{layer['name']}: {problem_text(layer['problem'])}, {count(layer['macs'])} multiply-adds"
+    if any("*" in row[0] for row in table):
+        title += "; *N: what auto takes on N threads"
+    return Section(title, columns, table) if table else title
 
 
 def _times(row: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ PANEL_INCHES = (5.6, 3.9)
 LAYERS_A_ROW = 2  # a layer takes one panel a number of threads
 FRONT, BEHIND, LIMIT = "#0b5394", "#8a8a8a", "#b45f06"
 FONT = 7.5
+LETTERS_AN_INCH = 12
+"""Of the title, at most: a line is cut off where the figure ends."""
 STYLE = {"font.size": FONT, "axes.titlesize": FONT + 1, "svg.hashsalt": "gemmify"}  # the same result, the same file
 
 
@@ -82,11 +85,12 @@ def _draw(result: Mapping[str, Any]) -> Any:
         panels += [(ax, _panel(ax, result, layer, t, span)) for ax, t in zip(axes, counts, strict=True)]
     for ax in grid.flat[len(layers) * len(counts) :]:
         ax.axis("off")
-    figure.suptitle(
-        f"Time against workspace, one point a lowering; {result['machine']['cpu']}, {result['date'][:10]}\n"
+    title = (
+        f"Time against workspace, one point a lowering; {result['machine']['cpu']}, {result['date'][:10]}",
         "joined: not beaten in both; dashed: the layer's multiply-adds at the measured peak",
-        fontsize=FONT + 2,
     )
+    letters = int(LETTERS_AN_INCH * width * across * len(counts))
+    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in title), fontsize=FONT + 2)
     canvas.draw()  # fixes the layout, on which the labels depend
     figure.set_layout_engine("none")
     for ax, texts in panels:
@@ -127,6 +131,8 @@ def _panel(
     ax: Any, result: Mapping[str, Any], layer: Mapping[str, Any], threads: int, span: tuple[float, float, float, float]
 ) -> list[tuple[str, float, float, str]]:
     """Draw the points of one panel; the labels that are to be placed: (text, x, y, colour)."""
+    from matplotlib.ticker import LogLocator
+
     zero, right, low, high = span
     rows = _points(result, layer, [threads])
     best = front(rows)
@@ -149,7 +155,9 @@ def _panel(
     step = max(1, math.ceil(len(ticks) / 7))
     ax.set_xticks([zero, *ticks[::step]], ["none", *(size(2.0**t).replace(".0", "") for t in ticks[::step])])
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    wide = high / low > 10  # more than a decade: not every digit has room for its label
+    ax.yaxis.set_minor_locator(LogLocator(subs=range(2, 10)))
+    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if not wide or f"{value:e}"[0] in "25" else "")
     ax.grid(True, which="major", linewidth=0.3)
     ax.set_xlabel("workspace")
     ax.set_ylabel("ms, best")

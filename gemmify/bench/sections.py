@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -30,7 +30,8 @@ Part = str | Section
 def rich_table(section: Section) -> Table:
     table = Table(title=section.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(section.columns):
-        table.add_column(heading, justify="right" if section.numeric(index) else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if section.numeric(index) else "left"
+        table.add_column(heading, justify=side, overflow="fold", no_wrap=heading == "lowering")
     for row in section.rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a layer's name may hold square brackets
     return table

@@ -16,6 +16,7 @@ from gemmify.bench.shapes import select_shapes
 from gemmify.bench.turns import measure_in_turn
 from gemmify.errors import CheckError, InputError
 from gemmify.layer import LayerKernel, compile_layer
+from gemmify.policy import did_you_mean
 from gemmify.select import Policy, choose
 from gemmify.threads import default_threads
 from lowering import LOWERINGS, ConvProblem, Lowering, Problem
@@ -94,7 +95,8 @@ def _checked(lowerings: Sequence[str] | None) -> list[str]:
     keys = list(dict.fromkeys(lowerings or (PLAIN,)))
     for key in keys:
         if key not in ("auto", PLAIN) and key not in LOWERINGS:
-            raise InputError(f"unknown lowering {key!r}; choose from auto, {PLAIN}, {', '.join(LOWERINGS)}")
+            hint = did_you_mean(key, LOWERINGS)
+            raise InputError(f"unknown lowering {key!r}; {hint}choose from auto, {PLAIN}, {', '.join(LOWERINGS)}")
     return keys
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from typing import Any
 
 from .. import report
 
+TABLE_WIDTH = 112
+"""A narrower terminal would break the cells of the table."""
 WHOLE_NAMES = 6
 """Equal layers are named one by one up to so many."""
 
 
 def execute(model: str, layer: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """`explain.explain_model` with the keyword `options`; see there for what it returns."""
-    from ..threads import import_tvm
+    from ..threads import check_threads, import_tvm
 
+    if options.get("threads") is not None:
+        check_threads(options["threads"])
     import_tvm(compiler=True)
     from ..explain import explain_model
 
@@ -26,7 +32,10 @@ def show(result: dict[str, Any]) -> None:
     for index, group in enumerate(groups, 1):
         usable = [candidate for candidate in group["candidates"] if "gemms" in candidate]
         print(_title(index, len(groups), group))  # a table's own title would wrap at the table's width
-        report.table("", COLUMNS, usable)
+        if sys.stdout.isatty() and (width := report.console().width) < TABLE_WIDTH:
+            print("\n".join(narrow(usable, width)))
+        else:
+            report.table("", COLUMNS, usable)
         for why, keys in _refused(group["candidates"]).items():
             print(f"  {', '.join(keys)}: {why}")
         print()
@@ -34,9 +43,24 @@ def show(result: dict[str, Any]) -> None:
     bound = "unbounded" if result["max_workspace"] is None else f"at most {report.size(result['max_workspace'])}"
     loosest = max((group["max_error"] for group in groups), default=0.0)
     layers = "1 layer" if count == 1 else f"{count} layers"
-    print(f"{result['model']}: {layers}{same}; workspace of {result['threads']} threads, {bound}")
+    threads = "thread" if result["threads"] == 1 else "threads"
+    print(f"{result['model']}: {layers}{same}; workspace of {result['threads']} {threads}, {bound}")
     print(f"error expected relative to a layer's largest output, at most {loosest:.1e}")
     print("cycles are modelled, all cores at work, and only compare candidates: no time was measured")
+
+
+def narrow(candidates: list[dict[str, Any]], width: int) -> list[str]:
+    """The table for a terminal of `width` columns: of each candidate the numbers, then GEMM and verdict indented."""
+    numbers = [column for column in COLUMNS if column[1] not in ("gemms", "verdict")]
+    cells = [[heading for heading, _, _ in numbers]]
+    cells += [[written(candidate[key]) for _, key, written in numbers] for candidate in candidates]
+    first, *rest = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = []
+    for row, candidate in zip(cells, [None, *candidates], strict=True):
+        lines.append("  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], rest, strict=True))]))
+        said = f"GEMM {_gemms(candidate['gemms']) or 'none'}; {candidate['verdict']}" if candidate else "GEMM; verdict"
+        lines += textwrap.wrap(said, width, initial_indent="    ", subsequent_indent=" " * 8, break_on_hyphens=False)
+    return lines
 
 
 def _title(index: int, groups: int, group: dict[str, Any]) -> str:
@@ -45,8 +69,9 @@ def _title(index: int, groups: int, group: dict[str, Any]) -> str:
     shown = ", ".join(names[:WHOLE_NAMES]) + (f" and {rest} more" if rest > 0 else "")
     many = f" ({len(names)} equal layers)" if len(names) > 1 else ""
     number = f"{index}/{groups}  " if groups > 1 else ""
+    chosen = "" if group["lowering"] is None else f"{group['lowering']}: "
     what = f"{group['op']} {report.problem_text(group['problem'])}, {report.count(group['macs'])} MACs"
-    return f"{number}{shown}{many}: {what}\n{group['lowering']}: {group['why']}"
+    return f"{number}{shown}{many}: {what}\n{chosen}{group['why']}"
 
 
 def _gemms(gemms: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from typing import Any
 
 from .. import report
@@ -68,8 +70,32 @@ def with_catalogue(readme: str) -> str:
     return f"{before}{BEGIN}\n{markdown(lowerings())}\n{END}{after}"
 
 
+def blocks(rows: list[dict[str, str]], width: int) -> list[str]:
+    """The catalogue for a terminal of `width` columns: a line a lowering, what else there is to say indented below."""
+    key_width = max(len(row["key"]) for row in rows) + 2
+    indent = " " * 4
+    lines = []
+    for row in rows:
+        first = row["key"].ljust(key_width)
+        lines += textwrap.wrap(row["summary"], width, initial_indent=first, subsequent_indent=" " * key_width)
+        below = (
+            f"GEMM {row['gemm']}, {row['layout']}; workspace in bytes: {row['workspace']}",
+            f"needs {row['needs'].removesuffix(': every layer')}",
+            row["source"],
+        )
+        for said in below:
+            lines += textwrap.wrap(
+                said, width, initial_indent=indent, subsequent_indent=2 * indent, break_on_hyphens=False
+            )
+    return lines
+
+
 def show(result: dict[str, Any]) -> None:
-    report.table("", (*COLUMNS[:1], ("what it is", "summary", report.text), *COLUMNS[1:]), result["lowerings"])
+    if sys.stdout.isatty():  # no terminal is wide enough for the table
+        for line in blocks(result["lowerings"], max(40, report.console().width)):
+            print(line)
+    else:
+        report.table("", (*COLUMNS[:1], ("what it is", "summary", report.text), *COLUMNS[1:]), result["lowerings"])
     print("\nzoo: " + ", ".join(result["zoo"]))
 
 

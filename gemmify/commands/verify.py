@@ -10,7 +10,7 @@ from .. import report
 from ..errors import CheckError, InputError
 from ..runtime import random_inputs
 from ..threads import check_threads
-from ..verify import check_same_model, compare, reference_outputs
+from ..verify import check_same_model, compare, computes_in_half, reference_outputs
 from .run import open_model
 
 
@@ -39,7 +39,7 @@ def execute(
     inputs = random_inputs(network.inputs, seed)
     names = [spec.name for spec in network.outputs]
     want, engine = reference_outputs(model, inputs, names, reference)
-    rows = compare(names, network.run(inputs), want, tolerance)
+    rows = compare(names, network.run(inputs), want, tolerance, computes_in_half(model, network.manifest))
     holds = all(row["holds"] for row in rows)
     made_from = network.manifest.model
     return {

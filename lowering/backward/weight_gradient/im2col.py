@@ -38,9 +38,9 @@ class Im2col(Lowering[WeightGradientProblem]):
 
     GEMM a group `[M/g x N Ho Wo]·[N Ho Wo x K^2 C/g]`. Reads `data` = dO `(N, *out, M)` and `input` = I
     `(N, *size, C)`, writes `(M, *kernel, C/g)`. Where the channels of a group fill panels of the register tile's width,
-    R is stored panel by panel, `e N Ho Wo K^2 g roundup(C/g, nr)` bytes; else row by row, `e (N Ho Wo + 1) K^2 C`: one
-    row more than there are patches, so that whole panels can be read. The S partial sums take `e S M K^2 C/g`, or none
-    where one chunk and one group write the gradient at once. Source:
+    R is stored panel by panel, `e N Ho Wo K^2 g roundup(C/g, nr)` bytes; else row by row, `e (N Ho Wo + z) K^2 C`:
+    `z` rows more than there are patches, so that whole panels can be read. The S partial sums take
+    `e S M K^2 C/g`, or none where one chunk and one group write the gradient at once. Source:
     Chellapilla et al. 2006, section 3 (the backward pass unrolled as the forward one is); Jia, "Convolution in Caffe: a
     memo".
     """
@@ -49,7 +49,7 @@ class Im2col(Lowering[WeightGradientProblem]):
     summary = "output gradient times stored patches, the reduction in chunks"
     gemm_formula = "[M x N Ho Wo]·[N Ho Wo x K^2 C]"
     workspace_formula = (
-        "e N Ho Wo K^2 roundup(C, nr) + e S M K^2 C (0 where S = 1); few channels: e (N Ho Wo + 1) K^2 C + ..."
+        "e N Ho Wo K^2 roundup(C, nr) + e S M K^2 C (0 where S = 1); few channels: e (N Ho Wo + z) K^2 C + ..."
     )
     source = "Chellapilla et al. 2006, section 3; Jia, Convolution in Caffe: a memo"
 
@@ -67,7 +67,8 @@ class Im2col(Lowering[WeightGradientProblem]):
         if _in_panels(problem):
             calls, n = conv.taps, conv.c_group
         rows, columns = (ceil_div(size, step) * step for size, step in ((conv.m_group, tile.mr), (n, tile.nr)))
-        stored = problem.reduction * calls * columns if _in_panels(problem) else (problem.reduction + 1) * n
+        pixels = problem.reduction if _in_panels(problem) else problem.reduction + _spare_rows(problem, tile)
+        stored = pixels * calls * columns if _in_panels(problem) else pixels * n
         workspace = {"im2col": problem.element * conv.groups * stored, "partial": partial_bytes(problem)}
         if _at_once(problem):
             del workspace["partial"]
@@ -130,7 +131,14 @@ def _unroll(problem: WeightGradientProblem, tile: Tile, given: te.Tensor) -> te.
     if _in_panels(problem):
         shape = (conv.groups, *conv.kernel, ceil_div(conv.c_group, tile.nr), conv.n, *conv.out_size, tile.nr)
         return te.compute(shape, in_panels, name="im2col")
-    return te.compute((problem.reduction + 1, conv.groups, *conv.kernel, conv.c_group), in_rows, name="im2col")
+    rows = problem.reduction + _spare_rows(problem, tile)
+    return te.compute((rows, conv.groups, *conv.kernel, conv.c_group), in_rows, name="im2col")
+
+
+def _spare_rows(problem: WeightGradientProblem, tile: Tile) -> int:
+    """Rows behind the last patch, as many as the last panel of its last group reaches over."""
+    columns = problem.conv.taps * problem.conv.c_group
+    return ceil_div(ceil_div(columns, tile.nr) * tile.nr - columns, problem.conv.groups * columns)
 
 
 def _multiply(
