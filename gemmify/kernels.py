@@ -9,12 +9,18 @@ from math import prod
 
 from tvm import te, tirx
 
-from lowering import Lowering, LoweringCost, Problem, Stage, Tile
+from lowering import Lowering, LoweringCost, Problem, Reason, Stage, Tile
+from lowering.backward import GradientProblem
 from lowering.base import operand_shapes, output_shape
 from lowering.epilogue import PER_CHANNEL, EpilogueOp, make_epilogue
 from lowering.problem import accumulator, dtype_bytes
 from schedules import Machine, schedule_func
 from schedules.cpu.tile import TileRequest, choose_tile
+
+from .errors import InputError
+
+MOST_ELEMENTS = 2**31
+"""Kernels index with 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,28 @@ def tile_for(lowering: Lowering, problem: Problem, machine: Machine) -> Tile:
     return Tile(*choose_tile(tile_request(lowering, problem), machine))
 
 
+def too_large(lowering: Lowering, problem: Problem | GradientProblem, cost: LoweringCost) -> Reason | None:
+    """Why `lowering` cannot index all tensors of `problem` with 32 bits, or None: operands, output and workspaces."""
+    found = {name: prod(shape) for name, shape in operand_shapes(problem, lowering.layout).items()}
+    found["output"] = prod(output_shape(problem, lowering.layout))
+    element = dtype_bytes(accumulator(problem.dtype))
+    found |= {name: size // element for name, size in cost.workspace.items()}
+    found |= {"transformed weight": cost.weight_bytes // element, "scratch": cost.shared_bytes // element}
+    name = max(found, key=lambda key: found[key])
+    if found[name] < MOST_ELEMENTS:
+        return None
+    return Reason(f"needs tensors of fewer than 2^31 elements, got {found[name]} in its {name}")
+
+
+def require_tile(lowering: Lowering, problem: Problem, tile: Tile) -> None:
+    """InputError for a tile that a lowering of `problem` cannot be built for."""
+    axes = lowering.axes(problem)
+    sides = (("mr", tile.mr, axes.inner, axes.mr_divides), ("nr", tile.nr, axes.n, axes.nr_divides))
+    for name, given, extent, divides in sides:
+        if divides and extent % given:
+            raise InputError(f"{lowering.key} needs a tile whose {name} divides {extent} on this layer, got {given}")
+
+
 def operand_shape(op: EpilogueOp, problem: Problem, layout: str) -> tuple[int, ...]:
     """Shape of an epilogue operand in the lowering's layout: `(M,)`, or the output's shape."""
     return (problem.m,) if op.kind in PER_CHANNEL else output_shape(problem, layout)
@@ -71,7 +99,10 @@ def layer_kernels(
 
     The operands are numbered as in `ops`; those of kind bias/scale have shape `(M,)`, the others the output's.
     """
-    tile = tile or tile_for(lowering, problem, machine)
+    if tile is None:
+        tile = tile_for(lowering, problem, machine)
+    else:
+        require_tile(lowering, problem, tile)
     operands = _operand_placeholders(lowering, problem, ops)
     stages = lowering.stages(problem, tile, make_epilogue(ops, operands, lowering.layout))
     given = operand_shapes(problem, lowering.layout)

@@ -18,7 +18,7 @@ from schedules import Machine
 from .dtypes import require_dtype
 from .errors import InputError
 from .guarded import Guarded
-from .kernels import LayerKernels, layer_kernels
+from .kernels import LayerKernels, layer_kernels, tile_for, too_large
 from .pipeline_build import TIR_PIPELINE
 from .select import suitable
 
@@ -121,7 +121,11 @@ def compile_layer(
             raise InputError(f"lowering {lowering!r} is not one of {', '.join(known)}")
         lowering = known[lowering]
     machine = Machine.from_target(target)
-    if (reason := lowering.applicable(problem)) is not None:
+    reason = lowering.applicable(problem)
+    if reason is None:
+        cost = lowering.cost(problem, tile or tile_for(lowering, problem, machine))
+        reason = too_large(lowering, problem, cost)
+    if reason is not None:
         raise InputError(f"lowering {lowering.key} does not apply: {reason}; {_what_works(problem, machine)}")
     require_dtype("the layer", problem.dtype, machine)
     kernels = layer_kernels(lowering, problem, machine, tuple(epilogue), tile)

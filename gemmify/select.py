@@ -18,7 +18,7 @@ from schedules.cpu.tile import modelled_cycles
 
 from .accuracy import DEFAULT_MAX_ERROR, expected_error
 from .errors import InputError
-from .kernels import tile_for, tile_request
+from .kernels import tile_for, tile_request, too_large
 from .policy import Policy, make_policy
 from .report import size
 
@@ -71,6 +71,8 @@ def _candidate(lowering: Lowering, problem: Problem, machine: Machine) -> Candid
         return Candidate(lowering, reason)
     tile = tile_for(lowering, problem, machine)
     cost = lowering.cost(problem, tile)
+    if (reason := too_large(lowering, problem, cost)) is not None:
+        return Candidate(lowering, reason)
     cycles = modelled_time(lowering, problem, machine, tile, cost)
     return Candidate(lowering, None, tile, cost, cycles, expected_error(cost, problem.dtype))
 
@@ -160,11 +162,15 @@ def suitable(problem: Problem, machine: Machine) -> str:
 
 
 def _named(usable: list[Candidate]) -> str:
+    if not usable:
+        return "no lowering works here"
     return f"what works here, best first: {', '.join(c.key for c in usable[:NAMED])}"
 
 
 def nothing_fits(candidates: list[Candidate], policy: Policy) -> str:
     """Why no candidate remains: `direct` needs no workspace and always applies, so the error is what is too large."""
+    if all(c.cost is None for c in candidates):
+        return f"it is too large, even the definition {candidates[-1].reason}"
     within = [c for c in candidates if c.cost is not None and c.exceeds != "workspace"]
     best = min(within, key=lambda c: c.error)
     bound = "" if policy.max_workspace is None else f" and within {policy.max_workspace} bytes of workspace"

@@ -115,11 +115,14 @@ class LoweringCost:
     thread_bytes: int = 0
     shared_bytes: int = 0
     tasks: int | None = None
+    stage_bytes: tuple[tuple[int, int], ...] = ()
+    """More scratch inside the kernel: (bytes a thread, tasks) of each stage that is divided in its own way."""
 
     def scratch(self, threads: int) -> int:
         """Bytes of all scratch where `threads` threads are to be had."""
         busy = threads if self.tasks is None else min(threads, self.tasks)
-        return self.workspace_bytes + self.shared_bytes + busy * self.thread_bytes
+        stages = sum(min(threads, tasks) * size for size, tasks in self.stage_bytes)
+        return self.workspace_bytes + self.shared_bytes + busy * self.thread_bytes + stages
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,15 @@ def zero(dtype: str) -> Any:
 def dtype_of(value: Any) -> str:
     """The dtype of a scalar expression."""
     return str(value.ty.dtype)
+
+
+STACK_BYTES = 1024
+"""A kernel keeps a buffer below this size on its stack."""
+
+
+def off_stack(size: int) -> int:
+    """What a buffer of `size` bytes inside a kernel allocates: nothing where it lies on the stack."""
+    return size if size >= STACK_BYTES else 0
 
 
 def ceil_div(a: int, b: int) -> int:

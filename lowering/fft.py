@@ -15,6 +15,7 @@ from .base import (
     Tile,
     ceil_div,
     no_epilogue,
+    off_stack,
     require_conv,
 )
 from .fft_form import POINTS, chunk_of, form_of, reach_of, transform_work
@@ -22,8 +23,6 @@ from .fft_tensors import filters, inverse, multiply, spectra
 from .problem import ConvProblem, Problem
 from .window import activation_bytes
 
-# A kernel keeps scratch below this size on its stack.
-STACK_BYTES = 1024
 # A panel of filters serves only the tiles of one frequency, and comes from far while the products wait. What that
 # adds to the time of the GEMM was measured.
 COLD_FILTERS = 1.5
@@ -103,6 +102,7 @@ class Fft(Lowering):
         (ty, tx), (my, _) = form.points, form.step
         chunks = chunk_of(problem.c, e), chunk_of(problem.m, e)
         scratch = [e * lines * (tx + 2) * chunk for lines, chunk in zip((ty, my), chunks, strict=True)]
+        tasks = form.tiles_in * problem.c // chunks[0], form.tiles_out * problem.m // chunks[1]
         count = form.frequencies * form.slabs[1] * problem.groups
         return LoweringCost(
             gemms=(GemmShape(2 * form.rows, problem.m_group, k, count),),
@@ -114,8 +114,8 @@ class Fft(Lowering):
             workspace=workspace,
             read_factor=COLD_FILTERS,
             extra_flops=transform_work(problem, form),
-            thread_bytes=sum(size for size in scratch if size >= STACK_BYTES),
-            tasks=min(form.tiles_in * problem.c // chunks[0], form.tiles_out * problem.m // chunks[1]),
+            tasks=min(tasks),
+            stage_bytes=tuple((off_stack(size), count) for size, count in zip(scratch, tasks, strict=True)),
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:

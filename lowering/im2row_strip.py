@@ -19,6 +19,7 @@ from .base import (
     Tile,
     ceil_div,
     no_epilogue,
+    off_stack,
     require_conv,
 )
 from .copied import COPY_ANNOTATION, PRIVATE, PRIVATE_OPS, UNBLOCK_ANNOTATION
@@ -99,7 +100,7 @@ class Im2rowStrip(Lowering):
             error_growth=k**0.5,
             extra_flops=PRIVATE_OPS * strips * pixels * problem.taps * problem.c,
             weight_reads=strips,
-            thread_bytes=pixels * patch_row_bytes(problem),
+            thread_bytes=off_stack(pixels * patch_row_bytes(problem)),
             tasks=strips,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm import te
 
-from .base import Epilogue, GemmAxes, Lowering, LoweringCost, Reason, Stage, Tile, no_epilogue
+from .base import Epilogue, GemmAxes, Lowering, LoweringCost, Reason, Stage, Tile, no_epilogue, off_stack
 from .implicit_gemm import pack_stage
 from .problem import ConvProblem, Problem
 from .shift_add import in_output, shifted_sum, tap_axes, tap_cost, tap_products, task_rows
@@ -40,7 +40,7 @@ class Kn2rowAs(Lowering[Problem]):
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
         rows = problem.element * tile.nr * task_rows(problem) * problem.size[-1]
-        return tap_cost(problem, tile, passes=4, workspace={}, thread_bytes=rows)
+        return tap_cost(problem, tile, passes=4, workspace={}, thread_bytes=off_stack(rows))
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)

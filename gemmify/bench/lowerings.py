@@ -152,7 +152,9 @@ def said(rows: Sequence[Row], failures: Sequence[Row], name: str) -> str:
         parts.append(f"fastest on {threads}: {share}")
     failed = list(dict.fromkeys(row["lowering"] for row in failures if row["name"] == name))
     tried = len({row["lowering"] for row in mine})
-    return "; ".join([f"{tried} lowering{'s' * (tried != 1)}", *parts, *([f"FAILED: {', '.join(failed)}"] if failed else [])])
+    return "; ".join(
+        [f"{tried} lowering{'s' * (tried != 1)}", *parts, *([f"FAILED: {', '.join(failed)}"] if failed else [])]
+    )
 
 
 class _Bench:

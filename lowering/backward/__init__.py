@@ -1,6 +1,6 @@
 """Training's two gradients of a layer as GEMMs: catalogues of their own, on the contract of `lowering.base`.
 
-`lowerings_of(problem)` is the table that belongs to a problem: `LOWERINGS` for a layer, `INPUT_GRADIENT` or
+`lowerings_of(problem)` is the table that belongs to a problem: `catalogue()` for a layer, `INPUT_GRADIENT` or
 `WEIGHT_GRADIENT` for a gradient of one.
 """
 
@@ -26,9 +26,9 @@ def lowerings_of(problem: Problem | GradientProblem) -> dict[str, Lowering]:
         return INPUT_GRADIENT
     if isinstance(problem, WeightGradientProblem):
         return WEIGHT_GRADIENT
-    from .. import LOWERINGS
+    from .. import catalogue
 
-    return LOWERINGS
+    return catalogue()
 
 
 __all__ = [
