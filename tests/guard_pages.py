@@ -1,22 +1,21 @@
 """Every lowering on layers whose tensors lie against pages that may not be touched: a read outside ends the process.
 
-Run as a script, `guard_pages.py front|back`; it prints each layer before it runs it, and `done` at the end.
+Run as a script; it prints each layer before it runs it, and `done` at the end.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 
 import numpy as np
 import tvm
 
 from gemmify import guarded
 from gemmify.conformance import check, compile_cases
-from gemmify.layer import LayerKernel, compile_layer
+from gemmify.layer import compile_layer
 from lowering import LOWERINGS, ConvProblem, DenseProblem, Problem, TransposedConvProblem, conv2d
-from lowering.backward import InputGradientProblem, WeightGradientProblem
+from lowering.backward import GradientProblem, InputGradientProblem, WeightGradientProblem
 from lowering.epilogue import EpilogueOp
 from schedules import Machine, parse_target
 
@@ -63,24 +62,28 @@ def against_a_page(array: np.ndarray, back: bool) -> guarded.Guarded:
     return guarded.Guarded(tvm.runtime.from_dlpack(view), (untouched, untouched))
 
 
-def main(side: str) -> None:
-    """Check every lowering of LAYERS, and both gradients of FORWARD."""
-    guarded.Guarded.of = staticmethod(lambda array: against_a_page(array, side == "back"))  # type: ignore[method-assign]
+def main() -> None:
+    """Check every lowering of LAYERS, and both gradients of FORWARD, against a page behind and a page before."""
     target = parse_target("llvm")
     ops = (EpilogueOp("bias", 0), EpilogueOp("add", 1))
-    cases = [(problem, ops) for problem in LAYERS]
-    for layer in compile_cases(cases, Machine.from_target(target), target):
-        print(layer.kernels.lowering.key, layer.kernels.problem, flush=True)
-        assert (wrong := check(layer, ops)) is None, wrong
+    layers = compile_cases([(problem, ops) for problem in LAYERS], Machine.from_target(target), target)
+    problems = [kind(forward) for forward in FORWARD for kind in (InputGradientProblem, WeightGradientProblem)]
+    gradients = [compile_layer(problem, key, target) for problem in problems for key in ("implicit-gemm", "im2col")]
     rng = np.random.default_rng(0)
-    for problem in [kind(forward) for forward in FORWARD for kind in (InputGradientProblem, WeightGradientProblem)]:
-        for key in ("implicit-gemm", "im2col"):
-            print(key, problem, flush=True)
-            gradient: LayerKernel = compile_layer(problem, key, target)
-            gradient.run(*(rng.standard_normal(shape).astype("f") for shape in problem.operand_shapes("NHWC").values()))
-            assert not gradient.faults()
+    for side in ("back", "front"):
+        back = side == "back"
+        guarded.Guarded.of = staticmethod(lambda array, back=back: against_a_page(array, back))  # type: ignore
+        for layer in (*layers, *gradients):
+            problem = layer.kernels.problem
+            print(side, layer.kernels.lowering.key, problem, flush=True)
+            if isinstance(problem, GradientProblem):
+                shapes = problem.operand_shapes("NHWC").values()
+                layer.run(*(rng.standard_normal(shape).astype("f") for shape in shapes))
+                assert not layer.faults()
+            else:
+                assert (wrong := check(layer, ops)) is None, wrong
     print(f"done, {len(LOWERINGS)} lowerings")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

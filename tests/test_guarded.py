@@ -59,9 +59,8 @@ def test_a_copy_from_outside_the_input_is_a_fault(shift: int, found: list[str]) 
     assert layer.faults() == found
 
 
-@pytest.mark.parametrize("side", ["front", "back"])
-def test_no_lowering_touches_a_page_beside_its_tensors(side: str) -> None:
+def test_no_lowering_touches_a_page_beside_its_tensors() -> None:
     script = Path(__file__).with_name("guard_pages.py")
-    run = subprocess.run([sys.executable, str(script), side], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     last = "\n".join(run.stdout.splitlines()[-1:])
     assert run.returncode == 0 and last.startswith("done"), f"{last}\n{run.stderr[-2000:]}"
