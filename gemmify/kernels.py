@@ -19,6 +19,8 @@ from schedules.cpu.tile import TileRequest, choose_tile
 
 from .errors import InputError
 
+ScheduleKnobs = tuple[tuple[str, int | str], ...]
+"""Sorted (name, value) pairs of `schedules.knob_space`."""
 MOST_ELEMENTS = 2**31
 """Kernels index with 32 bits."""
 
@@ -93,11 +95,17 @@ def operand_shape(op: EpilogueOp, problem: Problem, layout: str) -> tuple[int, .
 
 @lru_cache(maxsize=1024)
 def layer_kernels(
-    lowering: Lowering, problem: Problem, machine: Machine, ops: tuple[EpilogueOp, ...] = (), tile: Tile | None = None
+    lowering: Lowering,
+    problem: Problem,
+    machine: Machine,
+    ops: tuple[EpilogueOp, ...] = (),
+    tile: Tile | None = None,
+    schedule: ScheduleKnobs = (),
 ) -> LayerKernels:
     """Build and schedule every stage of `lowering` for `problem`. Equal arguments give the same kernels.
 
     The operands are numbered as in `ops`; those of kind bias/scale have shape `(M,)`, the others the output's.
+    `schedule` holds (name, value) pairs of `schedules.knob_space`; each kernel takes those that it knows.
     """
     if tile is None:
         tile = tile_for(lowering, problem, machine)
@@ -109,7 +117,7 @@ def layer_kernels(
     known = {name: (shape, problem.dtype) for name, shape in given.items()}
     kernels = []
     for stage in stages:
-        kernel = _stage_kernel(stage, known, operands if stage.kind == "output" else (), machine)
+        kernel = _stage_kernel(stage, known, operands if stage.kind == "output" else (), machine, dict(schedule))
         known[stage.name] = (kernel.shape, kernel.dtype)
         kernels.append(kernel)
     return LayerKernels(lowering, problem, tile, lowering.cost(problem, tile), tuple(kernels))
@@ -128,12 +136,13 @@ def _stage_kernel(
     known: dict[str, tuple[tuple[int, ...], str]],
     operands: Sequence[te.Tensor],
     machine: Machine,
+    knobs: dict[str, int | str],
 ) -> Kernel:
     inputs = [te.placeholder(*known[name], name=name) for name in stage.reads]
     output = stage.compute(*inputs)
     func = te.create_prim_func([*inputs, *operands, output])
     shape = tuple(int(extent) for extent in output.shape)
-    func = schedule_func(func, machine)
+    func = schedule_func(func, machine, knobs)
     if stage.kind == "workspace":
         func = func.with_attr("gemmify.workspace", 1)
     return Kernel(stage.name, stage.reads, func, stage.kind, shape, str(output.dtype))

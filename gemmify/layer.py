@@ -18,7 +18,7 @@ from schedules import Machine
 from .dtypes import require_dtype
 from .errors import InputError
 from .guarded import Guarded
-from .kernels import LayerKernels, layer_kernels, tile_for, too_large
+from .kernels import LayerKernels, ScheduleKnobs, layer_kernels, tile_for, too_large
 from .pipeline_build import TIR_PIPELINE
 from .select import suitable
 
@@ -107,6 +107,7 @@ def compile_layer(
     *,
     epilogue: Sequence[EpilogueOp] | None = None,
     tile: Tile | None = None,
+    schedule: ScheduleKnobs = (),
 ) -> LayerKernel:
     """Compile one layer, or one gradient of a layer, in one lowering of its catalogue.
 
@@ -128,7 +129,7 @@ def compile_layer(
     if reason is not None:
         raise InputError(f"lowering {lowering.key} does not apply: {reason}; {_what_works(problem, machine)}")
     require_dtype("the layer", problem.dtype, machine)
-    kernels = layer_kernels(lowering, problem, machine, tuple(epilogue), tile)
+    kernels = layer_kernels(lowering, problem, machine, tuple(epilogue), tile, schedule)
     functions = [
         tvm.compile(
             tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target, tir_pipeline=TIR_PIPELINE

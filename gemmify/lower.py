@@ -109,9 +109,13 @@ def _known_layers(asked: str, known: list[str]) -> str:
 
 def _plan_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, _Plan]:
     return {
-        name: _Plan(site, choice, layer_kernels(choice.lowering, site.problem, machine, site.epilogue))
+        name: _Plan(site, choice, _kernels(site, choice, machine))
         for name, (site, choice) in choose_layers(mod, machine, policy).items()
     }
+
+
+def _kernels(site: LayerSite, choice: Choice, machine: Machine) -> LayerKernels:
+    return layer_kernels(choice.lowering, site.problem, machine, site.epilogue, choice.tile, choice.schedule)
 
 
 def _pack_weights(plans: dict[str, _Plan]) -> dict[str, dict[str, np.ndarray]]:

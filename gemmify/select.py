@@ -18,7 +18,7 @@ from schedules.cpu.tile import modelled_cycles
 
 from .accuracy import DEFAULT_MAX_ERROR, expected_error
 from .errors import InputError
-from .kernels import tile_for, tile_request, too_large
+from .kernels import ScheduleKnobs, tile_for, tile_request, too_large
 from .policy import Policy, make_policy
 from .report import size
 
@@ -55,6 +55,7 @@ class Choice:
     tile: Tile
     cost: LoweringCost
     why: str
+    schedule: ScheduleKnobs = ()
 
 
 def consider(

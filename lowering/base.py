@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -20,6 +21,8 @@ from .gradient_problem import GradientProblem
 from .problem import ConvProblem, DenseProblem, Problem, TransposedConvProblem
 
 Index = tuple[Any, ...]
+Size = int | str | bool | tuple[int, ...]
+"""A free size of a lowering: a number, a word, or one number a dimension."""
 ProblemT = TypeVar("ProblemT")
 """The kind of problem that a lowering solves: a layer, or one of the gradients of `lowering.backward`."""
 Epilogue = Callable[[Any, Index], Any]
@@ -162,8 +165,30 @@ class Lowering(ABC, Generic[ProblemT]):
     same_macs = True
     """Whether its GEMMs are the definition's multiply-adds, no more and no fewer."""
 
-    def __init__(self, tile: Tile | None = None) -> None:
+    def __init__(self, tile: Tile | None = None, **form: Size) -> None:
         self.tile = tile
+        self.form = tuple(sorted(form.items()))
+
+    def choices(self, problem: ProblemT) -> dict[str, tuple[Size, ...]]:
+        """The sizes that this lowering leaves free on `problem`, beside the register tile, by name: what a tuner may
+        try, the default first. None where there is nothing to choose."""
+        del problem
+        return {}
+
+    def configured(self, **form: Size) -> Lowering[ProblemT]:
+        """The same lowering with some of its free sizes fixed: `Winograd4().configured(block=(7, 7))`; two of equal
+        sizes are equal. The others follow its own rules."""
+        if not form:
+            return self
+        made = copy(self)
+        made.form = tuple(sorted({**dict(self.form), **form}.items()))
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.tile == self.tile and other.form == self.form
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.tile, self.form))
 
     def as_pass(self) -> tvm.transform.Pass:
         """The TVM pass that this lowering is."""

@@ -12,7 +12,7 @@ Whatever the rule, exp and its like are written out as vector arithmetic at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import tvm
 from tvm import s_tir
@@ -36,10 +36,14 @@ from .vector_math import rewrite_math
 from .vectorize import vectorize
 
 IS_SCHEDULED = "tirx.is_scheduled"
+Knobs = Mapping[str, int | str]
 
 
-def schedule_func(func: PrimFunc, machine: Machine) -> PrimFunc:
+def schedule_func(func: PrimFunc, machine: Machine, knobs: Knobs | None = None) -> PrimFunc:
     """The same function, scheduled for `machine` and marked `tirx.is_scheduled`.
+
+    `knobs` gives values of `knob_space` by name; what is missing takes its default, a name that this function's
+    schedule does not have is left to the others of the layer.
 
     A function that carries the mark, or that is no block-level TIR, comes back unchanged but for the mark. A rule
     whose primitives refuse the function gives way to the next one.
@@ -50,7 +54,7 @@ def schedule_func(func: PrimFunc, machine: Machine) -> PrimFunc:
     if func.attrs and "s_tir" in func.attrs:
         for rule in _RULES:
             try:
-                scheduled = rule(func, machine)
+                scheduled = rule(func, machine, knobs or {})
             except ScheduleError:
                 continue
             if scheduled is not None:
@@ -68,7 +72,7 @@ def schedule_module(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
     return result
 
 
-def _annotated(func: PrimFunc, machine: Machine) -> PrimFunc | None:
+def _annotated(func: PrimFunc, machine: Machine, knobs: Knobs) -> PrimFunc | None:
     """Rule 1; None for a function without the annotations."""
     if (summed := schedule_accumulate(func, machine)) is not None:
         return rewrite_math(summed)
@@ -89,17 +93,17 @@ def _annotated(func: PrimFunc, machine: Machine) -> PrimFunc | None:
     return rewrite_math(sch.mod["main"])
 
 
-def _by_structure(func: PrimFunc, machine: Machine) -> PrimFunc:
+def _by_structure(func: PrimFunc, machine: Machine, knobs: Knobs) -> PrimFunc:
     """Rule 2."""
     return _in_vectors(_blocks_by_structure(func, machine), machine)
 
 
-def _fallback(func: PrimFunc, machine: Machine) -> PrimFunc:
+def _fallback(func: PrimFunc, machine: Machine, knobs: Knobs) -> PrimFunc:
     """Rule 3."""
     return _in_vectors(schedule_fallback(func, machine), machine)
 
 
-_RULES: tuple[Callable[[PrimFunc, Machine], PrimFunc | None], ...] = (_annotated, _by_structure, _fallback)
+_RULES: tuple[Callable[[PrimFunc, Machine, Knobs], PrimFunc | None], ...] = (_annotated, _by_structure, _fallback)
 
 
 def _in_vectors(func: PrimFunc, machine: Machine) -> PrimFunc:
