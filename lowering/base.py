@@ -165,9 +165,9 @@ class Lowering(ABC, Generic[ProblemT]):
     same_macs = True
     """Whether its GEMMs are the definition's multiply-adds, no more and no fewer."""
 
-    def __init__(self, tile: Tile | None = None, **form: Size) -> None:
+    def __init__(self, tile: Tile | None = None, **sizes: Size) -> None:
         self.tile = tile
-        self.form = tuple(sorted(form.items()))
+        self.sizes = tuple(sorted(sizes.items()))
 
     def choices(self, problem: ProblemT) -> dict[str, tuple[Size, ...]]:
         """The sizes that this lowering leaves free on `problem`, beside the register tile, by name: what a tuner may
@@ -175,20 +175,20 @@ class Lowering(ABC, Generic[ProblemT]):
         del problem
         return {}
 
-    def configured(self, **form: Size) -> Lowering[ProblemT]:
+    def configured(self, **sizes: Size) -> Lowering[ProblemT]:
         """The same lowering with some of its free sizes fixed: `Winograd4().configured(block=(7, 7))`; two of equal
         sizes are equal. The others follow its own rules."""
-        if not form:
+        if not sizes:
             return self
         made = copy(self)
-        made.form = tuple(sorted({**dict(self.form), **form}.items()))
+        made.sizes = tuple(sorted({**dict(self.sizes), **sizes}.items()))
         return made
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.tile == self.tile and other.form == self.form
+        return type(other) is type(self) and other.tile == self.tile and other.sizes == self.sizes
 
     def __hash__(self) -> int:
-        return hash((type(self), self.tile, self.form))
+        return hash((type(self), self.tile, self.sizes))
 
     def as_pass(self) -> tvm.transform.Pass:
         """The TVM pass that this lowering is."""

@@ -20,27 +20,27 @@ def knobs(values: Mapping[str, Value]) -> Knobs:
 
 @dataclass(frozen=True)
 class Point:
-    """`lowering` is a key; `form` holds the sizes that the lowering leaves free (`Lowering.choices`), `schedule` the
+    """`lowering` is a key; `sizes` holds the sizes that the lowering leaves free (`Lowering.choices`), `schedule` the
     knobs of `schedules.knob_space`; a name that is missing takes its default."""
 
     lowering: str
     tile: Tile
-    form: Knobs = ()
+    sizes: Knobs = ()
     schedule: Knobs = ()
 
     def configured(self) -> Lowering:
-        """The lowering with `form` applied; ValueError for a key or a size that it does not know."""
+        """The lowering with `sizes` applied; ValueError for a key or a size that it does not know."""
         known = catalogue()
         if self.lowering not in known:
             raise ValueError(f"lowering {self.lowering!r} is not known")
-        return known[self.lowering].configured(**dict(self.form))
+        return known[self.lowering].configured(**dict(self.sizes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data: {"lowering", "tile": [mr, nr], "form": {...}, "schedule": {...}}."""
+        """Plain JSON data: {"lowering", "tile": [mr, nr], "sizes": {...}, "schedule": {...}}."""
         return {
             "lowering": self.lowering,
             "tile": [self.tile.mr, self.tile.nr],
-            "form": _plain(self.form),
+            "sizes": _plain(self.sizes),
             "schedule": _plain(self.schedule),
         }
 
@@ -49,10 +49,10 @@ class Point:
         """The point that `to_dict` wrote; ValueError where the data makes none."""
         try:
             mr, nr = data["tile"]
-            form, schedule = (knobs({str(k): _value(v) for k, v in data[n].items()}) for n in ("form", "schedule"))
+            sizes, schedule = (knobs({str(k): _value(v) for k, v in data[n].items()}) for n in ("sizes", "schedule"))
             if isinstance(mr, bool) or not isinstance(mr, int) or not isinstance(nr, int):
                 raise ValueError(f"a tile is two whole numbers, found {data['tile']!r}")
-            return cls(str(data["lowering"]), Tile(mr, nr), form, schedule)
+            return cls(str(data["lowering"]), Tile(mr, nr), sizes, schedule)
         except KeyError as err:
             raise ValueError(f"a point needs {err.args[0]!r}") from err
         except (TypeError, AttributeError) as err:
@@ -61,7 +61,9 @@ class Point:
     @property
     def title(self) -> str:
         """A short text for tables: `winograd-4 8x48 block=7,7 row_block=4`."""
-        sides = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in (*self.form, *self.schedule)]
+        sides = [
+            f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in (*self.sizes, *self.schedule)
+        ]
         return " ".join([self.lowering, f"{self.tile.mr}x{self.tile.nr}", *sides])
 
 

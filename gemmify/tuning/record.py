@@ -39,13 +39,18 @@ class MachineId:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MachineId:
         """ValueError where an entry is missing or of the wrong kind."""
-        found = {}
-        for name, kind in (("target", str), ("mcpu", str), ("features", str), ("cpu", str), ("cores", int), ("threads", int)):
-            value = data.get(name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"a machine's {name} must be a {kind.__name__}, found {value!r}")
-            found[name] = value
-        return cls(**found)
+
+        def text(name: str) -> str:
+            if not isinstance(value := data.get(name), str):
+                raise ValueError(f"a machine's {name} must be a text, found {value!r}")
+            return value
+
+        def count(name: str) -> int:
+            if not isinstance(value := data.get(name), int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"a machine's {name} must be a whole number of at least 1, found {value!r}")
+            return value
+
+        return cls(text("target"), text("mcpu"), text("features"), text("cpu"), count("cores"), count("threads"))
 
 
 @dataclass(frozen=True)
