@@ -41,6 +41,7 @@ __all__ = [
     "compile",
     "conv_gradients",
     "load",
+    "tune",
 ]
 
 
@@ -55,6 +56,8 @@ def compile(
     threads: int | None = None,
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
+    logs: Any = None,
+    frozen: bool = False,
     progress: Callable[[str, float], None] | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Model:
@@ -65,6 +68,9 @@ def compile(
     the number of CPU threads that the code is made for and runs with (default: the physical cores this process may
     use), `max_workspace` bounds the scratch memory of a layer (bytes, or text such as "64KiB"),
     `max_error` the expected error of a layer relative to its largest output (default 1e-3),
+    `logs` is where tuning records lie, a folder or several (default: ./tuning_logs, then what the package ships; False:
+    nowhere); with `frozen` a layer that no record covers is an error. `plan` is a plan or its file: a layer that it
+    names is compiled as it says, whatever the logs say.
     `progress(stage, seconds)` is told each stage.
     Raises InputError or UnsupportedError for a wrong call or model, GemmifyError where the work fails.
     """
@@ -80,6 +86,8 @@ def compile(
         plan=plan,
         max_workspace=max_workspace,
         max_error=max_error,
+        logs=logs,
+        frozen=frozen,
         progress=progress,
         dump_dir=dump_dir,
     )
@@ -133,6 +141,69 @@ def load(path: str | PathLike[str], threads: int | None = None) -> Model:
     from .runtime import load as load_library
 
     return load_library(path, threads)
+
+
+def tune(
+    model: Any,
+    *,
+    target: Any = "llvm",
+    budget: float | str | None = "15m",
+    logs: str | PathLike[str] = "tuning_logs",
+    trials: int | None = None,
+    layers: Sequence[str] = (),
+    lowerings: Sequence[str] | None = None,
+    threads: int | None = None,
+    max_workspace: int | str | None = None,
+    max_error: float | str | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    from_nothing: bool = False,
+    tracker: str | None = None,
+    key: str | None = None,
+    workers: int | None = None,
+    bundle: str | PathLike[str] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure lowerings and schedules of the layers of `model` (or of several, in a list), and append what was found to
+    the log in the folder `logs`, where `compile` finds it. Needs the extra `tune`.
+
+    It ends after `budget` (seconds, or text such as "20m"; it is the whole run's, with compiling and the finals), after
+    `trials` trials a layer, or where nothing is left to gain; what earlier runs found on this machine is not measured
+    again, unless with `from_nothing`. `layers` are names or patterns (default: all), `lowerings` keys (default: all
+    that apply), `max_workspace` and `max_error` bound the search as they bound `compile`, `seed` decides what is drawn.
+    `tracker` ("HOST:PORT") and `key` measure on `workers` devices of a TVM RPC tracker. `bundle` measures nothing: it
+    writes a tar file of candidates to run elsewhere, whose results `gemmify logs import` takes. Progress goes to the
+    standard error unless `quiet`.
+
+    Returns a dict ready for JSON: "layers" (a row for each different layer: count, default, tuned and bound in seconds,
+    ratio, choice), "networks" (untuned and tuned seconds), "trials", "seconds", "summary" and more. Raises InputError
+    for a wrong call, GemmifyError where measuring fails; on KeyboardInterrupt what was measured is in the log.
+    """
+    from .threads import import_tvm
+
+    import_tvm(compiler=True)
+    from .tuning.session import tune as run
+
+    return run(
+        list(model) if isinstance(model, list | tuple) else [model],
+        target=target,
+        budget=budget,
+        logs=logs,
+        trials=trials,
+        layers=layers,
+        lowerings=lowerings,
+        threads=threads,
+        max_workspace=max_workspace,
+        max_error=max_error,
+        shapes=shapes,
+        seed=seed,
+        from_nothing=from_nothing,
+        tracker=tracker,
+        key=key,
+        workers=workers,
+        bundle=bundle,
+        quiet=quiet,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .cli_options import add_up, build_parser, chosen_options
+from .cli_logs import logs_keywords
+from .cli_options import add_up, build_parser, chosen_options, log_choices
+from .cli_tuning import tune_keywords
 from .errors import GemmifyError
 from .export import check_destination
 from .report import Progress, emit
@@ -50,9 +52,28 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
             "threads": args.threads,
         }
         result = command.execute(args.model, args.library, options=chosen_options(args), **keywords)
+    elif args.verb == "logs":
+        result = command.execute(args.action, **logs_keywords(args))
+    elif args.verb == "tune":
+        result = command.execute(args.model, **tune_keywords(args))
+    elif args.verb == "report":
+        keywords = {"shapes": dict(args.shape or []) or None, "limits": not args.no_bounds}
+        result = command.execute(args.log, args.model, args.output, **keywords)
     else:
-        names = ("layer", "lowering", "quick", "peers", "target", "threads", "repeat", "picture", "max_error")
+        names = (
+            "layer",
+            "lowering",
+            "quick",
+            "peers",
+            "target",
+            "threads",
+            "repeat",
+            "picture",
+            "max_error",
+            "tuning_minutes",
+        )
         keywords = {name: getattr(args, name) for name in names} | {"shapes": dict(args.shape or []) or None}
+        keywords |= log_choices(args)
         if args.lowering:
             # A suite takes several keys, and is measured with each of them.
             several = all(isinstance(value, str) for value in args.lowering) and args.suite is not None

@@ -9,9 +9,12 @@ from typing import Any
 
 from . import __version__
 from .accuracy import DEFAULT_MAX_ERROR, parse_error
+from .cli_logs import logs_options
+from .cli_tuning import tune_options
 from .errors import InputError
 from .sizes import parse_size
 
+_PEERS = "onnxruntime, openvino, torch, metaschedule (TVM's own tuner)"
 _MODEL = "an ONNX file, a .pt2 file, or a name from the zoo (see `gemmify list`)"
 
 
@@ -94,6 +97,22 @@ def _max_error_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-error", type=error_bound, metavar="X", help=said)
 
 
+def _log_options(parser: argparse.ArgumentParser) -> None:
+    logs = "tuning logs, a folder or a .jsonl file (default: tuning_logs, then the shipped ones); several add up"
+    parser.add_argument("--logs", action="append", metavar="DIR", help=logs)
+    parser.add_argument("--no-logs", action="store_true", help="use no tuning log: the model of cost decides")
+    parser.add_argument("--frozen", action="store_true", help="fail where no tuning record covers a layer")
+
+
+def log_choices(args: argparse.Namespace) -> dict[str, Any]:
+    """`logs` and `frozen` of `gemmify.compile` as the user gave them; InputError where they contradict."""
+    if args.logs and args.no_logs:
+        raise InputError(f"both --logs {args.logs[0]} and --no-logs were given; leave one out")
+    logs = False if args.no_logs else args.logs
+    given = {"logs": logs, "frozen": args.frozen or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None:
     parser.add_argument("--target", help='"llvm" is this machine; else e.g. "llvm -mcpu=x86-64-v3"')
     lowering = "of every layer, or of the named ones; default: auto; several add up"
@@ -105,6 +124,7 @@ def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None
     )
     _max_error_option(parser)
     parser.add_argument("--plan", metavar="FILE", help="a plan, as `gemmify plan` writes it: layer -> lowering")
+    _log_options(parser)
     if dump:
         parser.add_argument("--dump", metavar="DIR", help="write the module after each stage there")
 
@@ -115,7 +135,9 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", metavar="NAME", help="of the suite, this name or pattern, e.g. 'vgg16:*'")
     parser.add_argument("--quick", action="store_true", help="of the suite, few shapes and few runs")
     parser.add_argument("--target", help="default: this machine")
-    parser.add_argument("--peers", type=_names, default=(), metavar="NAME,...", help="onnxruntime, openvino, torch")
+    parser.add_argument("--peers", type=_names, default=(), metavar="NAME,...", help=_PEERS)
+    minutes = "wall time that the peer metaschedule tunes the model for (default: 15)"
+    parser.add_argument("--tuning-minutes", type=float, metavar="N", help=minutes)
     parser.add_argument("--repeat", type=_positive, metavar="N", help="timed runs (default: 40, of a suite 15)")
     parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
     lowering = "default: auto for models; for a suite plain (pointwise, depthwise, dense, else implicit-gemm) or all"
@@ -123,6 +145,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
         "--lowering", type=_bench_lowering, action="append", metavar="KEY,...|LAYER=KEY,...", help=lowering
     )
     _max_error_option(parser)
+    _log_options(parser)
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     picture = "of the suite lowerings, time against workspace; needs the extra `report`"
     parser.add_argument("--picture", metavar="FILE.svg|.png", help=picture)
@@ -140,7 +163,7 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
         "plan": args.plan,
         "dump_dir": getattr(args, "dump", None),
     }
-    return {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None} | log_choices(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -201,6 +224,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, help="of the largest absolute output (default 1e-4, 4e-3 where a tensor is float16)"
     )
     _compile_options(verify)
+
+    tune = verb("tune", "measure lowerings and schedules of every layer; `compile` uses what was found")
+    tune.add_argument("model", nargs="+", metavar="MODEL", help=_MODEL)
+    tune.add_argument("--target", help="default: this machine; another one with --tracker or --bundle")
+    tune.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
+    tune.add_argument("--max-workspace", type=size, metavar="BYTES", help="scratch memory of a layer at most")
+    _max_error_option(tune)
+    tune_options(tune, _names, _positive)
+
+    report = verb("report", "write one offline HTML page of what tuning found", threads=False)
+    report.add_argument("log", nargs="*", metavar="LOG", help="folders or .jsonl files (default: tuning_logs)")
+    report.add_argument("--model", metavar="MODEL", help="its layers only, each as often as it has them: " + _MODEL)
+    report.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
+    report.add_argument("-o", "--output", metavar="REPORT.html", help="default: report.html")
+    report.add_argument("--no-bounds", action="store_true", help="do not measure this machine's peak for the bounds")
+
+    logs = verb("logs", "look into tuning logs, check, repair and merge them", tabular=False, threads=False)
+    logs_options(logs, _Parser, _MODEL)
 
     bench = verb("bench", "time layers against the machine's limits, or networks against other engines")
     _bench_options(bench)

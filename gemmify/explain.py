@@ -11,7 +11,7 @@ from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
-from lowering import DenseProblem
+from lowering import DenseProblem, Problem
 from lowering.base import layer_kind
 from lowering.graph.epilogue import LayerSite
 from schedules import Machine
@@ -21,10 +21,12 @@ from .frontend import import_model
 from .lower import layer_sites, unknown_layer
 from .pipeline import lowering_graph, resolve_target, user_policy
 from .plan import Plan
-from .policy import Policy
 from .report import ratio as text_of
-from .select import Candidate, by_time, consider, error_bound, nothing_fits, pick
-from .threads import check_threads
+from .select import Candidate, Choice, by_time, candidate_of, error_bound, nothing_fits
+from .threads import check_threads, default_threads
+from .tuning.choice import Chooser
+from .tuning.task import Task
+from .tuning.use import open_logs
 
 CLOSE = 1.005
 """Modelled cycles within this factor are called equal."""
@@ -42,18 +44,25 @@ def explain_model(
     threads: int | None = None,
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
+    logs: Any = None,
+    frozen: bool = False,
 ) -> dict[str, Any]:
     """Every candidate of every layer of `model` (or of `layer`), as `compile_model` weighs it with the same arguments.
 
-    Returns {model, threads, max_workspace, max_error, layers}. Each entry of `layers` stands for all layers that pose
-    the same problem and were answered alike: {names, op, problem, macs, lowering, why, max_error, candidates}; a
-    candidate is {key, verdict, and where it applies gemms, macs, workspace_bytes (of `threads`, by default all of the
-    target), weight_bytes, cycles, ratio (to the chosen one's), error}. `verdict` is "chosen" or why not. Where no
+    Returns {model, threads, max_workspace, max_error, tuning (see `tuning.choice.coverage`), layers}. Each entry of
+    `layers` stands for all layers that pose the same problem and were answered alike: {names, op, problem, macs,
+    lowering, why, max_error, point, tuned, candidates}; a candidate is {key, verdict, and where it applies gemms, macs,
+    workspace_bytes (of `threads`, by default all of the target), weight_bytes, cycles, ratio (to the chosen one's),
+    error}. `point` is what a log or a plan gives beyond the key, and the chosen candidate is then the configured one.
+    `verdict` is "chosen" or why not. Where no
     lowering keeps within the bounds, `lowering` and every `ratio` are None, and `why` says what would fit. Raises
     InputError for a layer that the model does not have, and otherwise as `compile_model` does.
     """
-    machine = Machine.from_target(resolve_target(target))
+    resolved = resolve_target(target)
+    machine = Machine.from_target(resolved)
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
+    tuned = open_logs(resolved, default_threads() if threads is None else threads, logs)
+    chooser, choices = Chooser(machine, policy, tuned, frozen), dict[str, Choice]()
     count = machine.cores if threads is None else check_threads(threads)
     imported = import_model(model, shapes)
     sites = list(layer_sites(lowering_graph(imported.mod), policy).values())
@@ -65,39 +74,52 @@ def explain_model(
     groups: dict[Any, dict[str, Any]] = {}
     for site in sites:
         require_dtype(f"layer {site.name}", site.problem.dtype, machine)
-        candidates = consider(site.problem, machine, policy.max_workspace, policy.max_error)
-        taken, why = _taken(site.name, candidates, machine, policy)
-        key = (site.problem, taken and taken.key, why)
+        candidates = chooser.candidates(site.problem)
+        if by_time(candidates):
+            choice = chooser.choose(site.name, Task(site.problem, site.epilogue), candidates)
+            choices[site.name], why = choice, choice.why
+            taken, candidates = _placed(choice, candidates, site.problem, machine)
+        else:
+            choice, taken, why = None, None, f"nothing fits: {nothing_fits(candidates, policy)}"
+        key = (site.problem, choice and choice.as_point(), why)
         if key not in groups:
             bound = error_bound(candidates) if policy.max_error is None else policy.max_error
-            groups[key] = {"names": []} | _explain(site, candidates, taken, count)
-            groups[key] |= {"why": why, "max_error": bound}
+            settled = "the log decides" if choice is not None and choice.tuning else "not what was asked for"
+            groups[key] = {"names": []} | _explain(site, candidates, taken, count, settled)
+            point = None if choice is None or choice.point is None else choice.point.to_dict()
+            groups[key] |= {"why": why, "max_error": bound, "point": point, "tuned": choice and choice.tuning}
         groups[key]["names"].append(site.name)
+    chooser.settle(choices)
     return {
         "model": imported.name,
         "threads": count,
         "max_workspace": policy.max_workspace,
         "max_error": policy.max_error,
+        "tuning": chooser.coverage(choices),
         "layers": list(groups.values()),
     }
 
 
-def _taken(layer: str, candidates: list[Candidate], machine: Machine, policy: Policy) -> tuple[Candidate | None, str]:
-    """The candidate that is chosen and why; None, and what would fit, where nothing does."""
-    if not by_time(candidates):
-        return None, f"nothing fits: {nothing_fits(candidates, policy)}"
-    choice = pick(layer, candidates, machine, policy)
-    return next(c for c in candidates if c.lowering is choice.lowering), choice.why
+def _placed(
+    choice: Choice, candidates: list[Candidate], problem: Problem, machine: Machine
+) -> tuple[Candidate, list[Candidate]]:
+    """The chosen candidate, and all of them with it in the place of its lowering with other sizes."""
+    if choice.point is None:
+        return next(c for c in candidates if c.key == choice.lowering.key), candidates
+    taken = candidate_of(choice.lowering, problem, machine, choice.tile)
+    return taken, [taken if c.key == taken.key else c for c in candidates]
 
 
-def _explain(site: LayerSite, candidates: list[Candidate], taken: Candidate | None, threads: int) -> dict[str, Any]:
+def _explain(
+    site: LayerSite, candidates: list[Candidate], taken: Candidate | None, threads: int, settled: str
+) -> dict[str, Any]:
     problem = site.problem
     return {
         "op": layer_kind(problem) + ("" if isinstance(problem, DenseProblem) else f" {problem.dims}-D"),
         "problem": asdict(problem),
         "macs": problem.macs,
         "lowering": None if taken is None else taken.key,
-        "candidates": [_candidate(c, taken, threads) for c in _ordered(candidates, taken)],
+        "candidates": [_candidate(c, taken, threads, settled) for c in _ordered(candidates, taken)],
     }
 
 
@@ -114,8 +136,8 @@ def _ordered(candidates: list[Candidate], taken: Candidate | None) -> list[Candi
     return sorted(candidates, key=rank)
 
 
-def _candidate(candidate: Candidate, taken: Candidate | None, threads: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"key": candidate.key, "verdict": verdict(candidate, taken)}
+def _candidate(candidate: Candidate, taken: Candidate | None, threads: int, settled: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": candidate.key, "verdict": verdict(candidate, taken, settled)}
     if candidate.cost is None:
         return row
     cost = candidate.cost
@@ -130,8 +152,8 @@ def _candidate(candidate: Candidate, taken: Candidate | None, threads: int) -> d
     }
 
 
-def verdict(candidate: Candidate, taken: Candidate | None) -> str:
-    """ "chosen", or in one clause why another lowering was taken."""
+def verdict(candidate: Candidate, taken: Candidate | None, settled: str = "not what was asked for") -> str:
+    """ "chosen", or in one clause why another was taken; `settled` says why not one that is modelled faster."""
     if candidate is taken:
         return "chosen"
     if candidate.reason is not None or taken is None:
@@ -140,5 +162,5 @@ def verdict(candidate: Candidate, taken: Candidate | None) -> str:
     if ratio > CLOSE:
         return f"modelled {text_of(ratio)} x slower"
     if ratio < 1 / CLOSE:
-        return f"modelled {text_of(1 / ratio)} x faster, not what was asked for"
+        return f"modelled {text_of(1 / ratio)} x faster, {settled}"
     return "modelled as fast"

@@ -88,6 +88,14 @@ def require_tile(lowering: Lowering, problem: Problem, tile: Tile) -> None:
             raise InputError(f"{lowering.key} needs a tile whose {name} divides {extent} on this layer, got {given}")
 
 
+def require_sizes(lowering: Lowering, problem: Problem | GradientProblem) -> None:
+    """InputError for free sizes that were fixed to values that do not fit `problem`."""
+    try:
+        lowering.require_sizes(problem)
+    except ValueError as err:
+        raise InputError(f"{err}; leave it out for the default") from err
+
+
 def operand_shape(op: EpilogueOp, problem: Problem, layout: str) -> tuple[int, ...]:
     """Shape of an epilogue operand in the lowering's layout: `(M,)`, or the output's shape."""
     return (problem.m,) if op.kind in PER_CHANNEL else output_shape(problem, layout)
@@ -107,6 +115,7 @@ def layer_kernels(
     The operands are numbered as in `ops`; those of kind bias/scale have shape `(M,)`, the others the output's.
     `schedule` holds (name, value) pairs of `schedules.knob_space`; each kernel takes those that it knows.
     """
+    require_sizes(lowering, problem)
     if tile is None:
         tile = tile_for(lowering, problem, machine)
     else:

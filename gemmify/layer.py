@@ -18,7 +18,7 @@ from schedules import Machine
 from .dtypes import require_dtype
 from .errors import InputError
 from .guarded import Guarded
-from .kernels import LayerKernels, ScheduleKnobs, layer_kernels, tile_for, too_large
+from .kernels import LayerKernels, ScheduleKnobs, layer_kernels, require_sizes, tile_for, too_large
 from .pipeline_build import TIR_PIPELINE
 from .select import suitable
 
@@ -112,7 +112,7 @@ def compile_layer(
     """Compile one layer, or one gradient of a layer, in one lowering of its catalogue.
 
     `epilogue` defaults to bias and relu for a layer and to nothing for a gradient. Raises InputError where the lowering
-    is unknown or does not apply.
+    is unknown or does not apply, or a size fixed in it does not fit the layer.
     """
     if epilogue is None:
         epilogue = () if isinstance(problem, GradientProblem) else (EpilogueOp("bias", 0), EpilogueOp("relu"))
@@ -124,6 +124,7 @@ def compile_layer(
     machine = Machine.from_target(target)
     reason = lowering.applicable(problem)
     if reason is None:
+        require_sizes(lowering, problem)
         cost = lowering.cost(problem, tile or tile_for(lowering, problem, machine))
         reason = too_large(lowering, problem, cost)
     if reason is not None:

@@ -20,13 +20,14 @@ from lowering.base import output_shape
 from lowering.graph._rewrite import Emitter, Graph, substitute
 from lowering.graph.epilogue import LayerSite, describe_layer
 from lowering.graph.gather_epilogues import LAYER_ATTR
-from schedules import Machine
 
 from .dtypes import require_dtype
 from .errors import InputError
 from .fold import evaluate
 from .kernels import Kernel, LayerKernels, layer_kernels
-from .select import Choice, Policy, choose
+from .select import Choice, Policy
+from .tuning.choice import Chooser
+from .tuning.task import Task
 
 
 @dataclass
@@ -46,10 +47,10 @@ class _Plan:
     kernels: LayerKernels
 
 
-def lower_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> tuple[tvm.IRModule, list[LoweredLayer]]:
+def lower_layers(mod: tvm.IRModule, chooser: Chooser) -> tuple[tvm.IRModule, list[LoweredLayer]]:
     """Replace every layer function that a lowering can express; the others stay Relax. Raises InputError (strict keys,
-    layer names of the policy that the model does not have)."""
-    plans = _plan_layers(mod, machine, policy)
+    layer names of the policy that the model does not have, layers that a frozen chooser finds no record of)."""
+    plans = _plan_layers(mod, chooser)
     packed = _pack_weights(plans)
     rewriter = _Rewriter(mod, plans, packed)
     return rewriter.run(), rewriter.layers
@@ -68,16 +69,18 @@ def layer_functions(mod: tvm.IRModule) -> dict[str, relax.Function]:
     return {name: found[name] for name in [*order, *sorted(set(found) - set(order))]}
 
 
-def choose_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, tuple[LayerSite, Choice]]:
+def choose_layers(mod: tvm.IRModule, chooser: Chooser) -> dict[str, tuple[LayerSite, Choice]]:
     """The site and the chosen lowering of every layer function that a lowering can express, by function name.
 
-    Builds no kernel. Raises InputError for a strict key that does not apply, and for a layer name of the policy that
-    the model does not have; UnsupportedError for a layer in a dtype that is not compiled for the machine.
+    Compiles nothing (a point of a log or a plan is built as TIR, to see that it can be). Raises InputError for a strict
+    key that does not apply, for a layer name of the policy that the model does not have, and for layers that a frozen
+    chooser finds no record of; UnsupportedError for a layer in a dtype that is not compiled for the machine.
     """
     chosen: dict[str, tuple[LayerSite, Choice]] = {}
-    for name, site in layer_sites(mod, policy).items():
-        require_dtype(f"layer {site.name}", site.problem.dtype, machine)
-        chosen[name] = (site, choose(site.name, site.problem, machine, policy))
+    for name, site in layer_sites(mod, chooser.policy).items():
+        require_dtype(f"layer {site.name}", site.problem.dtype, chooser.machine)
+        chosen[name] = (site, chooser.choose(site.name, Task(site.problem, site.epilogue)))
+    chooser.settle({site.name: choice for site, choice in chosen.values()})
     return chosen
 
 
@@ -107,15 +110,15 @@ def _known_layers(asked: str, known: list[str]) -> str:
     return f"close ones of the {len(known)} layers are {', '.join(close)} (`gemmify inspect` lists all)"
 
 
-def _plan_layers(mod: tvm.IRModule, machine: Machine, policy: Policy) -> dict[str, _Plan]:
+def _plan_layers(mod: tvm.IRModule, chooser: Chooser) -> dict[str, _Plan]:
     return {
-        name: _Plan(site, choice, _kernels(site, choice, machine))
-        for name, (site, choice) in choose_layers(mod, machine, policy).items()
+        name: _Plan(site, choice, _kernels(site, choice, chooser))
+        for name, (site, choice) in choose_layers(mod, chooser).items()
     }
 
 
-def _kernels(site: LayerSite, choice: Choice, machine: Machine) -> LayerKernels:
-    return layer_kernels(choice.lowering, site.problem, machine, site.epilogue, choice.tile, choice.schedule)
+def _kernels(site: LayerSite, choice: Choice, chooser: Chooser) -> LayerKernels:
+    return layer_kernels(choice.lowering, site.problem, chooser.machine, site.epilogue, choice.tile, choice.schedule)
 
 
 def _pack_weights(plans: dict[str, _Plan]) -> dict[str, dict[str, np.ndarray]]:

@@ -48,7 +48,8 @@ class Manifest:
     `target` is TVM's dict, `triple` LLVM's; `cpu_features` are spelled as in /proc/cpuinfo. Each entry of `layers`
     holds name, op, problem, lowering, reason, gemm (m, n, k), count, macs, workspace_bytes, weight_bytes. `memory`
     holds bytes by kind (weights, arena, workspace, outputs), `plan` layer name -> lowering, `log_hash` names the tuning
-    records that were used, `threads` is the number of threads the code was made for.
+    records that were used, `tuning` says how many layers they settled (`tuning.choice.coverage`), `threads` is the
+    number of threads the code was made for.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Manifest:
     memory: dict[str, int]
     plan: dict[str, Any] = field(default_factory=dict)
     log_hash: str | None = None
+    tuning: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
     format: int = FORMAT
 
@@ -87,6 +89,7 @@ class Manifest:
         memory: Mapping[str, int],
         plan: Mapping[str, Any] | None = None,
         log_hash: str | None = None,
+        tuning: Mapping[str, Any] | None = None,
         threads: int = 1,
     ) -> Manifest:
         """A manifest for `target` (tvm.target.Target); fills in the versions, the triple and the CPU features."""
@@ -110,6 +113,7 @@ class Manifest:
             memory={k: int(v) for k, v in memory.items()},
             plan=dict(plan or {}),
             log_hash=log_hash,
+            tuning=dict(tuning or {}),
             threads=int(threads),
         )
 

@@ -28,6 +28,8 @@ from .pipeline_build import build_executable
 from .plan import Plan
 from .select import Choice, Policy, make_policy
 from .threads import default_threads
+from .tuning.choice import Chooser, log_hash
+from .tuning.use import open_logs
 
 __all__ = ["Compilation", "LayerKernel", "compile_layer", "compile_model"]
 
@@ -52,6 +54,7 @@ class Planned:
     model: str
     plan: Plan
     layers: list[dict[str, Any]]
+    tuning: dict[str, Any]
 
 
 def plan_model(
@@ -65,22 +68,25 @@ def plan_model(
     threads: int | None = None,
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
+    logs: Any = None,
+    frozen: bool = False,
 ) -> Planned:
     """Choose the lowering of every layer of `model` as `compile_model` does with the same arguments; same errors."""
-    machine = Machine.from_target(resolve_target(target))
+    resolved, count = resolve_target(target), threads or default_threads()
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
-    count = threads or default_threads()
-    name, chosen = chosen_layers(model, shapes, machine, policy)
-    found = Plan({site.name: choice.lowering.key for site, choice in chosen})
-    return Planned(name, found, [_describe(site, choice, count) for site, choice in chosen])
+    chooser = Chooser(Machine.from_target(resolved), policy, open_logs(resolved, count, logs), frozen)
+    name, chosen = chosen_layers(model, shapes, chooser)
+    choices = {site.name: choice for site, choice in chosen}
+    layers = [_describe(site, choice, count) for site, choice in chosen]
+    return Planned(name, Plan.of(choices), layers, chooser.coverage(choices))
 
 
 def chosen_layers(
-    model: Any, shapes: Mapping[str, Sequence[int]] | None, machine: Machine, policy: Policy
+    model: Any, shapes: Mapping[str, Sequence[int]] | None, chooser: Chooser
 ) -> tuple[str, list[tuple[LayerSite, Choice]]]:
-    """The model's name, and what `policy` chooses for each of its layers, in the order in which they run."""
+    """The model's name, and what `chooser` takes for each of its layers, in the order in which they run."""
     imported = import_model(model, shapes)
-    return imported.name, list(choose_layers(lowering_graph(imported.mod), machine, policy).values())
+    return imported.name, list(choose_layers(lowering_graph(imported.mod), chooser).values())
 
 
 def resolve_target(target: Any) -> tvm.target.Target:
@@ -107,13 +113,16 @@ def compile_model(
     threads: int | None = None,
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
+    logs: Any = None,
+    frozen: bool = False,
     progress: Progress | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Compilation:
     """Compile `model` for `target`; see `gemmify.compile` for the arguments and the errors."""
-    resolved = resolve_target(target)
+    resolved, threads = resolve_target(target), threads or default_threads()
     machine = Machine.from_target(resolved)
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
+    chooser = Chooser(machine, policy, open_logs(resolved, threads, logs), frozen)
     stages = _Stages(progress, dump_dir)
 
     with stages("import"):
@@ -123,7 +132,7 @@ def compile_model(
         mod = lowering_graph(mod)
     stages.dump("canonical", mod)
     with stages("lower"):
-        mod, layers = lower_layers(mod, machine, policy)
+        mod, layers = lower_layers(mod, chooser)
     stages.dump("lowered", mod)
     with stages("fuse"):
         mod = fuse_rest(mod, resolved)
@@ -131,8 +140,9 @@ def compile_model(
         mod = schedule_module(mod, machine)
     stages.dump("scheduled", mod)
     with stages("build"):
-        executable, memory = build_executable(mod, resolved, threads or default_threads())
-    return Compilation(executable, _manifest(imported, resolved, layers, memory, threads), layers, memory)
+        executable, memory = build_executable(mod, resolved, threads)
+    tuning = chooser.coverage({layer.site.name: layer.choice for layer in layers})
+    return Compilation(executable, _manifest(imported, resolved, layers, memory, threads, tuning), layers, memory)
 
 
 def lowering_graph(mod: tvm.IRModule) -> tvm.IRModule:
@@ -171,13 +181,14 @@ def user_policy(
     if lowering_arg != "auto":
         raise InputError("both a plan and a lowering were given; a plan already names the lowering of each layer")
     if isinstance(plan, Plan):
-        return make_policy(plan.layers, strict, max_workspace, max_error)
+        policy = make_policy(plan.layers, strict, max_workspace, max_error)
+        return replace(policy, held=True, points=plan.points)
     found = Plan.load(Path(plan))
     try:
         policy = make_policy(found.layers, strict, max_workspace, max_error)
     except InputError as err:
         raise InputError(f"the plan {plan}: {err}") from err
-    return replace(policy, origin=f"the plan {plan}")
+    return replace(policy, origin=f"the plan {plan}", held=True, points=found.points)
 
 
 class _Stages:
@@ -217,14 +228,15 @@ def _manifest(
     target: tvm.target.Target,
     layers: list[LoweredLayer],
     memory: MemoryPlan,
-    threads: int | None,
+    threads: int,
+    tuning: dict[str, Any],
 ) -> Manifest:
     return Manifest.create(
         target,
         model=imported.name,
         inputs=imported.inputs,
         outputs=imported.outputs,
-        layers=[describe(layer, threads or default_threads()) for layer in layers],
+        layers=[describe(layer, threads) for layer in layers],
         memory={
             "weights": memory.weight_bytes,
             "arena": memory.arena_bytes,
@@ -232,8 +244,10 @@ def _manifest(
             "outputs": memory.output_bytes,
             "kernels": max(memory.kernel_workspace.values(), default=0),
         },
-        plan=Plan.of(layers).to_dict(),
-        threads=threads or default_threads(),
+        plan=Plan.of({layer.site.name: layer.choice for layer in layers}).to_dict(),
+        log_hash=log_hash(layer.choice for layer in layers),
+        tuning=tuning,
+        threads=threads,
     )
 
 
@@ -254,6 +268,9 @@ def _describe(site: LayerSite, choice: Choice, threads: int) -> dict[str, Any]:
         "gemm": [gemm.m, gemm.n, gemm.k],
         "count": gemm.count,
         "tile": [choice.tile.mr, choice.tile.nr],
+        "sizes": dict(choice.lowering.sizes),
+        "schedule": dict(choice.schedule),
+        "tuned": choice.tuning,
         "macs": problem.macs,
         "workspace_bytes": cost.scratch(threads),
         "weight_bytes": cost.weight_bytes,

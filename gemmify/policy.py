@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowering import catalogue
@@ -12,6 +12,7 @@ from lowering import catalogue
 from .accuracy import parse_error
 from .errors import InputError
 from .sizes import parse_size
+from .tuning.point import Point
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
@@ -27,6 +28,9 @@ class Policy:
     `strict` turns a key that does not apply into InputError. `max_workspace` bounds the scratch of one layer in bytes,
     `max_error` its expected error relative to the largest output (None: see `error_bound`). `origin` is where the
     keys come from, for errors.
+
+    `held` says that the keys of `layers` come from a plan: they mean the key's own default, whatever a log says;
+    `points` gives layers of the plan that are held to one point of the tuning space, which is also in `layers`.
     """
 
     default: str = "auto"
@@ -35,6 +39,8 @@ class Policy:
     max_workspace: int | None = None
     max_error: float | None = None
     origin: str | None = None
+    held: bool = False
+    points: Mapping[str, Point] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         asked = [("", self.default), *((f" (of layer {name})", key) for name, key in (self.layers or {}).items())]
@@ -49,6 +55,10 @@ class Policy:
     def key_for(self, layer: str) -> str:
         """The key asked for this layer."""
         return (self.layers or {}).get(layer, self.default)
+
+    def holds(self, layer: str) -> bool:
+        """Whether a plan settles this layer, so that no log is asked."""
+        return self.held and self.key_for(layer) != "auto"
 
 
 def make_policy(

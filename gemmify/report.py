@@ -137,6 +137,23 @@ def layers_table(layers: Sequence[dict[str, Any]]) -> None:
     table(f"{len(layers)} layers", LAYER_COLUMNS, layers)
 
 
+def coverage_line(tuning: dict[str, Any]) -> None:
+    """How many layers a tuning log settled (`tuning.choice.coverage`), in one line."""
+    if not tuning:
+        return
+    layers, by_log = tuning["layers"], tuning["tuned"]
+    said = [f"{by_log} of {layers} layers tuned"]
+    if by_log:
+        kept = f"{tuning['kept']} keep the default; " if tuning["kept"] else ""
+        said[0] += f" ({kept}log {', '.join(tuning['logs'])})"
+    said += [f"{tuning[key]} by the {key}" for key in ("model",) if tuning[key]]
+    said += [f"{tuning['planned']} as planned"] if tuning["planned"] else []
+    if unused := sum(tuning["unused"].values()):
+        said.append(f"{unused} records made for something else")
+    hint = "" if by_log or not tuning["model"] or tuning["logs"] is None else "; `gemmify tune` measures what is best"
+    print(", ".join(said) + hint)
+
+
 def memory_line(memory: dict[str, int]) -> None:
     """The memory of a network in one line."""
     where = {"workspace": " (in the arena)", "kernels": " (scratch inside kernels)"}

@@ -96,6 +96,7 @@ class Model:
         self._lock = threading.RLock()
         self._threads = default_threads()
         self._vm: Any = None
+        self._instrumented: _Instrumented | None = None
         self._buffers: list[Any] = []
         if threads is not None:
             self.set_threads(threads)
@@ -127,7 +128,8 @@ class Model:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Per layer: name, op, problem, lowering, reason, gemm (m, n, k), macs, workspace_bytes, weight_bytes ..."""
+        """Per layer: name, op, problem, lowering, reason, gemm (m, n, k), macs, workspace_bytes, weight_bytes, tile,
+        sizes and schedule where they are not the default's, tuned (what a log says of it, else None) ..."""
         return [dict(layer) for layer in self.manifest.layers]
 
     def memory(self) -> dict[str, int]:
@@ -233,23 +235,14 @@ class Model:
         """(kernel name, seconds) of each kernel in the order of the calls: the median over `repeat` runs.
 
         The virtual machine's own bookkeeping calls are left out. Measured on a virtual machine of its own, because an
-        instrument cannot be taken out of one again.
+        instrument cannot be taken out of one again; it is kept for the next call.
         """
-        runs: list[list[tuple[str, float]]] = []
-        begun: list[float] = []
-
-        def instrument(_func: Any, name: str, before: bool, _result: Any, *_args: Any) -> int:
-            now = time.perf_counter()
-            if before:
-                begun.append(time.perf_counter())
-            elif runs:
-                runs[-1].append((str(name), now - begun.pop()))
-            return 0
-
-        vm = self._new_vm()
-        vm.set_instrument(instrument)
-        self._timed(inputs, repeat, 1, lambda: vm, lambda: runs.append([]))
-        calls = [[c for c in run if not c[0].startswith("vm.builtin.")] for run in runs]
+        if self._instrumented is None:
+            self._instrumented = _Instrumented(self._new_vm())
+        watched = self._instrumented
+        watched.runs.clear()
+        self._timed(inputs, repeat, 1, lambda: watched.vm, lambda: watched.runs.append([]))
+        calls = [[c for c in run if not c[0].startswith("vm.builtin.")] for run in watched.runs]
         return [(same[0][0], float(np.median([s for _, s in same]))) for same in zip(*calls, strict=True)]
 
     def __repr__(self) -> str:
@@ -273,6 +266,25 @@ class Model:
             return export_executable(self._executable, self.manifest, path)
         assert self._path is not None
         return copy_library(self._path, self.manifest, path)
+
+
+class _Instrumented:
+    """A virtual machine that notes (kernel, seconds) of each call in the last of `runs`, where there is one."""
+
+    def __init__(self, vm: Any) -> None:
+        self.vm, self.runs = vm, list[list[tuple[str, float]]]()
+        self._begun: list[float] = []
+        vm.set_instrument(self._note)
+
+    def _note(self, _func: Any, name: str, before: bool, _result: Any, *_args: Any) -> int:
+        now = time.perf_counter()
+        if before:
+            self._begun.append(time.perf_counter())
+        elif self._begun:
+            seconds = now - self._begun.pop()
+            if self.runs:
+                self.runs[-1].append((str(name), seconds))
+        return 0
 
 
 def _fit(spec: TensorSpec, value: Any) -> np.ndarray:

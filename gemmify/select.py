@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowering import ConvProblem, Lowering, LoweringCost, Problem, Reason, Tile, catalogue
 from lowering.base import activation_shape, output_shape
@@ -21,6 +21,10 @@ from .errors import InputError
 from .kernels import ScheduleKnobs, tile_for, tile_request, too_large
 from .policy import Policy, make_policy
 from .report import size
+from .tuning.point import Point, knobs
+
+if TYPE_CHECKING:
+    from .tuning.record import Record
 
 __all__ = ["Candidate", "Choice", "Policy", "choose", "consider", "make_policy", "modelled_time", "suitable"]
 
@@ -49,28 +53,41 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The lowering of one layer, and in one clause why it was taken."""
+    """The lowering of one layer, with its free sizes fixed, and in one clause why it was taken.
+
+    `point` is set where a log or a plan gave more than the key, `tuning` where a log was decisive (also for keeping the
+    default): {"kept", "ratio", "seconds", "default_seconds", "spread", "exact", "log"}, see `tuning.choice`; `records`
+    are those that this rests on.
+    """
 
     lowering: Lowering
     tile: Tile
     cost: LoweringCost
     why: str
     schedule: ScheduleKnobs = ()
+    point: Point | None = None
+    tuning: dict[str, Any] | None = None
+    records: tuple[Record, ...] = ()
+
+    def as_point(self) -> Point:
+        """The point of the tuning space that this choice is."""
+        return Point(self.lowering.key, self.tile, self.lowering.sizes, knobs(dict(self.schedule)))
 
 
 def consider(
     problem: Problem, machine: Machine, max_workspace: int | None = None, max_error: float | None = None
 ) -> list[Candidate]:
     """Every lowering of the catalogue for one layer, in the catalogue's order; those above a bound have a reason."""
-    found = [_candidate(lowering, problem, machine) for lowering in catalogue().values()]
+    found = [candidate_of(lowering, problem, machine) for lowering in catalogue().values()]
     limit = error_bound(found) if max_error is None else max_error
-    return [_bounded(candidate, machine, max_workspace, limit) for candidate in found]
+    return [bounded(candidate, machine, max_workspace, limit) for candidate in found]
 
 
-def _candidate(lowering: Lowering, problem: Problem, machine: Machine) -> Candidate:
+def candidate_of(lowering: Lowering, problem: Problem, machine: Machine, tile: Tile | None = None) -> Candidate:
+    """`lowering`, its sizes as they are configured, for `problem`; `tile` None takes the default one."""
     if (reason := lowering.applicable(problem)) is not None:
         return Candidate(lowering, reason)
-    tile = tile_for(lowering, problem, machine)
+    tile = tile or tile_for(lowering, problem, machine)
     cost = lowering.cost(problem, tile)
     if (reason := too_large(lowering, problem, cost)) is not None:
         return Candidate(lowering, reason)
@@ -84,7 +101,7 @@ def error_bound(candidates: list[Candidate]) -> float:
     return max(DEFAULT_MAX_ERROR, 2 * min(c.error for c in candidates))
 
 
-def _bounded(candidate: Candidate, machine: Machine, max_workspace: int | None, max_error: float) -> Candidate:
+def bounded(candidate: Candidate, machine: Machine, max_workspace: int | None, max_error: float) -> Candidate:
     """The candidate, with a reason where it needs more than is allowed."""
     if candidate.cost is None:
         return candidate

@@ -17,12 +17,11 @@ from typing import Any, Generic, Literal, TypeVar
 import tvm
 from tvm import te, tirx
 
+from .free_sizes import Size, misfit, named_sizes
 from .gradient_problem import GradientProblem
 from .problem import ConvProblem, DenseProblem, Problem, TransposedConvProblem
 
 Index = tuple[Any, ...]
-Size = int | str | bool | tuple[int, ...]
-"""A free size of a lowering: a number, a word, or one number a dimension."""
 ProblemT = TypeVar("ProblemT")
 """The kind of problem that a lowering solves: a layer, or one of the gradients of `lowering.backward`."""
 Epilogue = Callable[[Any, Index], Any]
@@ -164,25 +163,51 @@ class Lowering(ABC, Generic[ProblemT]):
     layout: Literal["NHWC", "NCHW"] = "NHWC"
     same_macs = True
     """Whether its GEMMs are the definition's multiply-adds, no more and no fewer."""
+    size_names: tuple[str, ...] = ()
+    """The names that `choices` may give on any problem."""
 
     def __init__(self, tile: Tile | None = None, **sizes: Size) -> None:
         self.tile = tile
-        self.sizes = tuple(sorted(sizes.items()))
+        # A class that is not complete yet has no key: `registry.check_attributes` says so.
+        self.sizes = named_sizes(getattr(self, "key", type(self).__name__), self.size_names, sizes)
 
     def choices(self, problem: ProblemT) -> dict[str, tuple[Size, ...]]:
         """The sizes that this lowering leaves free on `problem`, beside the register tile, by name: what a tuner may
-        try, the default first. None where there is nothing to choose."""
+        try, the default first; only names with at least two values, all of them in `size_names`.
+
+        Every combination of values can be built, and what a name offers does not depend on `self.sizes`.
+        """
         del problem
         return {}
 
     def configured(self, **sizes: Size) -> Lowering[ProblemT]:
         """The same lowering with some of its free sizes fixed: `Winograd4().configured(block=(7, 7))`; two of equal
-        sizes are equal. The others follow its own rules."""
+        sizes are equal. The others take their defaults, the first of `choices`, whatever these are. ValueError for a
+        name that is not in `size_names`; whether a value fits shows on a problem (`refuses`)."""
         if not sizes:
             return self
         made = copy(self)
-        made.sizes = tuple(sorted({**dict(self.sizes), **sizes}.items()))
+        made.sizes = named_sizes(self.key, self.size_names, {**dict(self.sizes), **sizes})
         return made
+
+    def refuses(self, problem: ProblemT) -> Reason | None:
+        """Why `self.sizes` do not fit a `problem` to which the lowering applies, or None where they do.
+
+        A value must be one that `choices` offers, of the same kind (True is not 1): one beyond the offer is refused
+        even where the mathematics would allow it.
+        """
+        wrong = misfit(self.sizes, self.choices(problem)) if self.sizes else None
+        return None if wrong is None else Reason(wrong)
+
+    def require_sizes(self, problem: ProblemT) -> None:
+        """ValueError, one sentence, where `self.sizes` do not fit `problem` (`refuses`)."""
+        if (reason := self.refuses(problem)) is not None:
+            raise ValueError(f"{self.key} {reason}")
+
+    def size(self, problem: ProblemT, name: str) -> Size | None:
+        """The free size `name` on `problem`: the one that was fixed, else the default; None where none is free."""
+        given = dict(self.sizes)
+        return given[name] if name in given else next(iter(self.choices(problem).get(name, ())), None)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.tile == self.tile and other.sizes == self.sizes

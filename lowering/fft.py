@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import log2, prod, sqrt
+from typing import Any
 
 from .base import (
     Epilogue,
@@ -18,8 +19,9 @@ from .base import (
     off_stack,
     require_conv,
 )
-from .fft_form import POINTS, chunk_of, form_of, reach_of, transform_work
+from .fft_form import POINTS, FftForm, chunk_of, form_of, point_choices, reach_of, transform_work
 from .fft_tensors import filters, inverse, multiply, spectra
+from .free_sizes import Size
 from .problem import ConvProblem, Problem
 from .window import activation_bytes
 
@@ -52,6 +54,7 @@ class Fft(Lowering):
     """
 
     same_macs = False
+    size_names = ("points",)
     key = "fft"
     summary = "complex GEMMs between Fourier transforms of overlapping tiles"
     gemm_formula = "T (T/2 + 1) x [2 P x 2 C]·[2 C x M]"
@@ -76,9 +79,19 @@ class Fft(Lowering):
             return Reason("needs a kernel whose taps meet the input, got padding under every tap")
         return None
 
+    def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
+        """`points`: inputs of a tile along y and x, `(Ty, Tx)`; `(1, Tx)` across a kernel of height 1."""
+        assert isinstance(problem, ConvProblem)
+        points = point_choices(problem)
+        return {"points": points} if len(points) > 1 else {}
+
+    def _form(self, problem: ConvProblem) -> FftForm:
+        sizes: dict[str, Any] = dict(self.sizes)
+        return form_of(problem, sizes.get("points"))
+
     def axes(self, problem: Problem) -> GemmAxes:
         assert isinstance(problem, ConvProblem)
-        form = form_of(problem)
+        form = self._form(problem)
         return GemmAxes(
             form.frequencies * form.slabs[1],
             2 * form.rows,
@@ -90,7 +103,7 @@ class Fft(Lowering):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        form, e = form_of(problem), problem.scratch_element
+        form, e = self._form(problem), problem.scratch_element
         columns = problem.groups * ceil_div(problem.m_group, tile.nr) * tile.nr
         rows = ceil_div(2 * form.rows, _even(tile)) * _even(tile) * form.slabs[1]
         k = 2 * form.kd * problem.c_group
@@ -120,7 +133,7 @@ class Fft(Lowering):
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
-        form, tile = form_of(problem), Tile(_even(tile), tile.nr)
+        form, tile = self._form(problem), Tile(_even(tile), tile.nr)
         return (
             Stage("fft_input", ("data",), lambda data: spectra(problem, form, data), "workspace"),
             Stage("packed", ("weight",), lambda w: filters(problem, form, tile, w), "weight", wide=True),

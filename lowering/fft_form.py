@@ -13,6 +13,8 @@ from .problem import ConvProblem
 POINTS = (8, 12, 16, 20, 24, 28, 32)
 # Longer transforms take LLVM seconds and gained nothing measured, except for kernels that leave few outputs otherwise.
 PLENTY = 24
+# A tuner may try tiles of so many times the least modelled work.
+MOST_WORK = 1.5
 # Channels that go through a transform together: a cache line of them.
 LINE_BYTES = 64
 # What a byte of filters or of spectra weighs against a multiply-add when the tile is chosen: one is read once from
@@ -76,13 +78,25 @@ def reach_of(problem: ConvProblem) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1024)
-def form_of(problem: ConvProblem) -> FftForm:
-    """The tile of least modelled work, `T` outputs and inputs a side from POINTS (or 1 across a kernel of height 1)."""
+def form_of(problem: ConvProblem, points: tuple[int, int] | None = None) -> FftForm:
+    """The tile of `points` inputs along y and x (1 across a kernel of height 1); the one of least modelled work, from
+    POINTS, where none is given."""
+    return _forms(problem)[0] if points is None else _form(problem, points)
+
+
+def point_choices(problem: ConvProblem) -> tuple[tuple[int, int], ...]:
+    """Tiles that may be tried, the default first, then by their modelled work up to MOST_WORK times the least."""
+    forms = _forms(problem)
+    return tuple(form.points for form in forms if _work(problem, form) <= MOST_WORK * _work(problem, forms[0]))
+
+
+def _forms(problem: ConvProblem) -> list[FftForm]:
+    """Every tile, the least modelled work first."""
     reach = reach_of(problem)
     longest = [max(PLENTY, 2 * r) for r in reach]
     heights = [1] if reach[0] == 1 else [t for t in POINTS if reach[0] < t <= longest[0]]
     widths = [t for t in POINTS if reach[1] < t <= longest[1]]
-    return min((_form(problem, (ty, tx)) for ty in heights for tx in widths), key=lambda f: _work(problem, f))
+    return sorted((_form(problem, (ty, tx)) for ty in heights for tx in widths), key=lambda f: _work(problem, f))
 
 
 def _form(problem: ConvProblem, points: tuple[int, int]) -> FftForm:

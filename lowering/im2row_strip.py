@@ -23,6 +23,7 @@ from .base import (
     require_conv,
 )
 from .copied import COPY_ANNOTATION, PRIVATE, PRIVATE_OPS, UNBLOCK_ANNOTATION
+from .free_sizes import Size
 from .im2row import patch_row_bytes
 from .implicit_gemm import pack_stage, packed_bytes
 from .problem import ConvProblem, Problem
@@ -34,11 +35,25 @@ STRIP_BYTES = 640 << 10
 # A panel of weights should meet this many pixels before the next one is fetched, and this many strips keep cores busy.
 GOOD_PIXELS = 64
 GOOD_STRIPS = 16
+# A tuner may try strips whose patches take so many times STRIP_BYTES.
+SPILL = 4
 
 
 def row_count(problem: ConvProblem) -> int:
     """Output rows of the whole batch: `N Ho` (`N Do Ho` in three dimensions, `N` in one)."""
     return problem.n * prod(problem.out_size[:-1])
+
+
+@lru_cache(maxsize=1024)
+def row_choices(problem: ConvProblem) -> tuple[int, ...]:
+    """Strip heights that may be tried, the default first: the powers of two, and the heights that cut the rows of the
+    batch into equal strips, whose patches take at most SPILL times STRIP_BYTES."""
+    rows, row_bytes = row_count(problem), patch_row_bytes(problem) * problem.out_size[-1]
+    most = max(1, min(rows, SPILL * STRIP_BYTES // row_bytes))
+    heights = {2**i for i in range(most.bit_length()) if 2**i <= most}
+    heights |= {r for r in range(1, most + 1) if rows % r == 0 and rows // r <= 64}
+    usual = strip_rows(problem)
+    return (usual, *sorted(heights - {usual}))
 
 
 @lru_cache(maxsize=1024)
@@ -72,6 +87,7 @@ class Im2rowStrip(Lowering):
     """
 
     key = "im2row-strip"
+    size_names = ("rows",)
     summary = "im2row a few output rows at a time, patches in scratch of the thread"
     gemm_formula = "[r Wo x K^2 C]·[K^2 C x M] a strip"
     workspace_formula = "threads e C K^2 r Wo"
@@ -80,15 +96,25 @@ class Im2rowStrip(Lowering):
     def applicable(self, problem: Problem) -> Reason | None:
         return require_conv(problem)
 
+    def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
+        """`rows`: output rows of a strip, `r`."""
+        assert isinstance(problem, ConvProblem)
+        rows = row_choices(problem)
+        return {"rows": rows} if len(rows) > 1 else {}
+
+    def _rows(self, problem: ConvProblem) -> int:
+        sizes: dict[str, Any] = dict(self.sizes)
+        return int(sizes.get("rows") or strip_rows(problem))
+
     def axes(self, problem: Problem) -> GemmAxes:
         assert isinstance(problem, ConvProblem)
-        strips, pixels = _strips(problem)
+        strips, pixels = _strips(problem, self._rows(problem))
         k = problem.taps * problem.c_group
         return GemmAxes(strips, pixels, problem.m_group, k, problem.groups, row_bytes=patch_row_bytes(problem))
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        strips, pixels = _strips(problem)
+        strips, pixels = _strips(problem, self._rows(problem))
         k, weights = problem.taps * problem.c_group, packed_bytes(problem, tile)
         columns = problem.groups * ceil_div(problem.m_group, tile.nr) * tile.nr
         return LoweringCost(
@@ -106,23 +132,23 @@ class Im2rowStrip(Lowering):
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
+        r = self._rows(problem)
 
         def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
-            return _multiply(problem, tile, epilogue, _unroll(problem, data), packed)
+            return _multiply(problem, r, tile, epilogue, _unroll(problem, r, data), packed)
 
         return (pack_stage(problem, tile), Stage("gemm", ("data", "packed"), gemm, "output"))
 
 
-def _strips(problem: ConvProblem) -> tuple[int, int]:
-    """(strips of the batch, pixels of a strip)."""
-    r = strip_rows(problem)
+def _strips(problem: ConvProblem, r: int) -> tuple[int, int]:
+    """(strips of the batch, pixels of a strip) of `r` output rows."""
     return ceil_div(row_count(problem), r), r * problem.out_size[-1]
 
 
-def _unroll(problem: ConvProblem, data: te.Tensor) -> te.Tensor:
+def _unroll(problem: ConvProblem, r: int, data: te.Tensor) -> te.Tensor:
     """`R`: `(strips, r, Wo, *kernel, C)`, what lies past the last row copied from the last row."""
-    r, rows, outer = strip_rows(problem), row_count(problem), problem.out_size[:-1]
-    strips, _ = _strips(problem)
+    rows, outer = row_count(problem), problem.out_size[:-1]
+    strips, _ = _strips(problem, r)
 
     def element(strip: Any, y: Any, x: Any, *index: Any) -> Any:
         row = strip * r + y
@@ -135,9 +161,11 @@ def _unroll(problem: ConvProblem, data: te.Tensor) -> te.Tensor:
     return te.compute(shape, element, name="im2row_strip", attrs={COPY_ANNOTATION: PRIVATE})
 
 
-def _multiply(problem: ConvProblem, tile: Tile, epilogue: Epilogue, patches: te.Tensor, packed: te.Tensor) -> te.Tensor:
+def _multiply(
+    problem: ConvProblem, r: int, tile: Tile, epilogue: Epilogue, patches: te.Tensor, packed: te.Tensor
+) -> te.Tensor:
     """The GEMM over the pixels of each strip, cut to the pixels that there are: `(N Ho Wo, (g,) M/g)`."""
-    (strips, pixels), wide = _strips(problem), problem.out_size[-1]
+    (strips, pixels), wide = _strips(problem, r), problem.out_size[-1]
 
     def read_a(at: tuple[Any, ...], x: Any, g: Any, n: Any, k: tuple[Any, ...]) -> Any:
         del n

@@ -20,9 +20,10 @@ from .base import (
     no_epilogue,
     require_conv,
 )
+from .free_sizes import Size
 from .problem import ConvProblem, Problem, SpatialProblem
 from .tile_gemm import ReadA, pack_panels, read_panels, tile_gemm
-from .window import activation_bytes, copies_input, pad_bytes, pad_stage, window_index
+from .window import activation_bytes, copies_input, pad_bytes, pad_choices, pad_stage, read_padded, window_index
 
 
 def pack_stage(problem: SpatialProblem, tile: Tile) -> Stage:
@@ -73,9 +74,11 @@ def conv_cost(problem: ConvProblem, tile: Tile, workspace: dict[str, int]) -> Lo
     )
 
 
-def conv_gemm(problem: ConvProblem, tile: Tile, epilogue: Epilogue, read_a: ReadA, packed: te.Tensor) -> te.Tensor:
+def conv_gemm(
+    problem: ConvProblem, tile: Tile, epilogue: Epilogue, read_a: ReadA, packed: te.Tensor, borders: bool = False
+) -> te.Tensor:
     """`[Ho Wo x K^2 C/g]·[K^2 C/g x M/g]` for every image and group, A read by `read_a`, B from `pack_stage`'s
-    panels.
+    panels; `borders` as of `tile_gemm`.
     """
     *outer, inner = problem.out_size
     return tile_gemm(
@@ -88,6 +91,7 @@ def conv_gemm(problem: ConvProblem, tile: Tile, epilogue: Epilogue, read_a: Read
         read_b=read_panels(packed),
         tile=tile,
         epilogue=epilogue,
+        borders=borders,
     )
 
 
@@ -97,18 +101,25 @@ class ImplicitGemm(Lowering):
         O[n, y, x, m] = sum_{kh, kw, c} I[n, y s + kh d - p, x s + kw d - p, c] W[m, kh, kw, c]
         GEMM: m = Ho Wo (per image), n = M/g, k = K^2 C/g, one a group
 
-    Reads `(N, *size, C)` and writes `(N, *out, M)`. Zero padding is a copy of the input (`e N C Hp Wp` bytes); without
-    padding the workspace is 0. Source: Chetlur et al. 2014, cuDNN, section 3 (arXiv 1410.0759).
+    Reads `(N, *size, C)` and writes `(N, *out, M)`. Zero padding is a copy of the input (`e N C Hp Wp` bytes), or a
+    condition where A is read (`pad="predicate"`); then, and without padding, the workspace is 0. Source: Chetlur et
+    al. 2014, cuDNN, section 3 (arXiv 1410.0759).
     """
 
     key = "implicit-gemm"
+    size_names = ("pad",)
     summary = "im2row GEMM whose patches are addresses, never stored"
     gemm_formula = "[Ho Wo x K^2 C]·[K^2 C x M]"
-    workspace_formula = "e N C Hp Wp where it pads, else 0"
+    workspace_formula = "e N C Hp Wp where it pads by copying, else 0"
     source = "Chetlur et al. 2014, cuDNN, section 3 (arXiv 1410.0759)"
 
     def applicable(self, problem: Problem) -> Reason | None:
         return require_conv(problem)
+
+    def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
+        """`pad`: zeros of the padding from a "copy" of the input, or by a "predicate" where A is read."""
+        assert isinstance(problem, ConvProblem)
+        return pad_choices(problem)
 
     def axes(self, problem: Problem) -> GemmAxes:
         assert isinstance(problem, ConvProblem)
@@ -116,19 +127,27 @@ class ImplicitGemm(Lowering):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        return conv_cost(problem, tile, {"pad": pad_bytes(problem)} if copies_input(problem) else {})
+        return conv_cost(problem, tile, {"pad": pad_bytes(problem)} if self._copies(problem) else {})
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
 
+        copies = self._copies(problem)
+
         def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
             def read_a(at: tuple[Any, ...], x: Any, g: Any, n: Any, k: tuple[Any, ...]) -> Any:
                 del n
-                where = window_index(problem, (*at[1:], x), k[:-1])
-                return data(at[0], *where, g * problem.c_group + k[-1])
+                channel = g * problem.c_group + k[-1]
+                where = window_index(problem, (*at[1:], x), k[:-1], padded=copies)
+                if copies or not problem.padded:
+                    return data(at[0], *where, channel)
+                return read_padded(problem, data, at[0], where, channel)
 
-            return conv_gemm(problem, tile, epilogue, read_a, packed)
+            return conv_gemm(problem, tile, epilogue, read_a, packed, borders=problem.padded and not copies)
 
-        first = (pad_stage(problem),) if copies_input(problem) else ()
-        source = "pad" if copies_input(problem) else "data"
+        first = (pad_stage(problem),) if copies else ()
+        source = "pad" if copies else "data"
         return (*first, pack_stage(problem, tile), Stage("gemm", (source, "packed"), gemm, "output"))
+
+    def _copies(self, problem: ConvProblem) -> bool:
+        return copies_input(problem) and dict(self.sizes).get("pad") != "predicate"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tvm import te
 
-from .base import Epilogue, GemmAxes, Lowering, LoweringCost, Reason, Stage, Tile, no_epilogue
+from .base import Epilogue, GemmAxes, LoweringCost, Reason, Stage, Tile, no_epilogue
 from .implicit_gemm import pack_stage
 from .problem import ConvProblem, Problem
-from .shift_add import in_output, shifted_sum, tap_axes, tap_cost, tap_products
+from .shift_add import RowTasks, in_output, shifted_sum, tap_axes, tap_cost, tap_products
 
 
-class Kn2rowAa(Lowering[Problem]):
+class Kn2rowAa(RowTasks):
     """For every tap (kh, kw) with `dy = kh d - p`, `dx = kw d - p`, a GEMM with beta = 1 into a shifted window of O:
 
         O[n, y - dy, x - dx, :] += I[n, y, x, :]·W_(kh,kw)       [H W x C]·[C x M], where (y - dy, x - dx) lies in O
@@ -38,12 +38,14 @@ class Kn2rowAa(Lowering[Problem]):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        return tap_cost(problem, tile, passes=2, workspace={})
+        return tap_cost(problem, tile, passes=2, workspace={}, rows=self.rows(problem))
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
 
         def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
-            return shifted_sum(problem, tap_products(problem, tile, data, packed), epilogue, hold="tile")
+            return shifted_sum(
+                problem, tap_products(problem, tile, data, packed), epilogue, hold="tile", rows=self.rows(problem)
+            )
 
         return (pack_stage(problem, tile), Stage("gemm", ("data", "packed"), gemm, "output"))

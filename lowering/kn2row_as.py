@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tvm import te
 
-from .base import Epilogue, GemmAxes, Lowering, LoweringCost, Reason, Stage, Tile, no_epilogue, off_stack
+from .base import Epilogue, GemmAxes, LoweringCost, Reason, Stage, Tile, no_epilogue, off_stack
 from .implicit_gemm import pack_stage
 from .problem import ConvProblem, Problem
-from .shift_add import in_output, shifted_sum, tap_axes, tap_cost, tap_products, task_rows
+from .shift_add import RowTasks, in_output, shifted_sum, tap_axes, tap_cost, tap_products
 
 
-class Kn2rowAs(Lowering[Problem]):
+class Kn2rowAs(RowTasks):
     """For every tap (kh, kw) with `dy = kh d - p`, `dx = kw d - p`:
 
         T[y, x, m] = sum_c I[n, y, x, c] W[m, kh, kw, c]                [H W x C]·[C x M], beta = 0
@@ -39,13 +39,15 @@ class Kn2rowAs(Lowering[Problem]):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        rows = problem.element * tile.nr * task_rows(problem) * problem.size[-1]
-        return tap_cost(problem, tile, passes=4, workspace={}, thread_bytes=off_stack(rows))
+        held = problem.element * tile.nr * self.rows(problem) * problem.size[-1]
+        return tap_cost(problem, tile, passes=4, workspace={}, thread_bytes=off_stack(held), rows=self.rows(problem))
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
 
         def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
-            return shifted_sum(problem, tap_products(problem, tile, data, packed), epilogue, hold="panel")
+            return shifted_sum(
+                problem, tap_products(problem, tile, data, packed), epilogue, hold="panel", rows=self.rows(problem)
+            )
 
         return (pack_stage(problem, tile), Stage("gemm", ("data", "packed"), gemm, "output"))

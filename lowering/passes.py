@@ -56,11 +56,14 @@ def _is_scheduled(func: tirx.PrimFunc) -> bool:
 
 
 def lower_func(lowering: Lowering, func: tirx.PrimFunc) -> tirx.PrimFunc | Reason:
-    """`func` in the stages of `lowering`, or why not: it is not recognised, or the lowering does not apply."""
+    """`func` in the stages of `lowering`, or why not: it is not recognised, or the lowering, or a size fixed in
+    it, does not apply."""
     found = recognize(func)
     if isinstance(found, Reason):
         return found
     if (reason := lowering.applicable(found.problem)) is not None:
+        return reason
+    if (reason := lowering.refuses(found.problem)) is not None:
         return reason
     try:
         lowered = _compose(lowering, func, found)

@@ -14,7 +14,8 @@ from typing import Any
 
 from tvm import te, tirx
 
-from .base import Epilogue, GemmAxes, GemmShape, LoweringCost, Reason, Tile, ceil_div, require_conv, zero
+from .base import Epilogue, GemmAxes, GemmShape, Lowering, LoweringCost, Reason, Tile, ceil_div, require_conv, zero
+from .free_sizes import Size
 from .implicit_gemm import packed_bytes
 from .problem import ConvProblem, Problem
 from .tile_gemm import read_panels, tile_gemm
@@ -54,24 +55,53 @@ def tap_axes(problem: ConvProblem) -> GemmAxes:
     )
 
 
-def task_rows(problem: ConvProblem) -> int:
-    """Output rows of one task: about ROWS_A_TASK, equal blocks but for the last."""
-    rows = problem.out_size[-2] if problem.dims > 1 else 1
-    return ceil_div(rows, ceil_div(rows, ROWS_A_TASK))
+def task_rows(problem: ConvProblem, rows: int = ROWS_A_TASK) -> int:
+    """Output rows of one task: about `rows`, equal blocks but for the last."""
+    height = problem.out_size[-2] if problem.dims > 1 else 1
+    return ceil_div(height, ceil_div(height, rows))
 
 
-def task_count(problem: ConvProblem, tile: Tile) -> int:
+def row_choices(problem: ConvProblem) -> tuple[int, ...]:
+    """Output rows of a task that may be tried, the default first: different numbers of blocks, halved each time."""
+    height = problem.out_size[-2] if problem.dims > 1 else 1
+    offers = (ROWS_A_TASK, *(2**i for i in range(height.bit_length() + 1)))
+    return tuple(dict.fromkeys(task_rows(problem, rows) for rows in offers))
+
+
+def task_count(problem: ConvProblem, tile: Tile, rows: int = ROWS_A_TASK) -> int:
     """Blocks of rows and panels of channels, each summed by one thread."""
-    rows = problem.out_size[-2] if problem.dims > 1 else 1
-    blocks = problem.n * prod(problem.out_size[:-2]) * ceil_div(rows, task_rows(problem))
+    height = problem.out_size[-2] if problem.dims > 1 else 1
+    blocks = problem.n * prod(problem.out_size[:-2]) * ceil_div(height, task_rows(problem, rows))
     return blocks * problem.groups * ceil_div(problem.m_group, tile.nr)
 
 
+class RowTasks(Lowering[Problem]):
+    """A form whose tasks are blocks of output rows, all taps of one block after another; their height is free."""
+
+    size_names = ("rows",)
+
+    def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
+        """`rows`: output rows that one task sums."""
+        assert isinstance(problem, ConvProblem)
+        rows = row_choices(problem)
+        return {"rows": rows} if len(rows) > 1 else {}
+
+    def rows(self, problem: ConvProblem) -> int:
+        """Output rows of a task."""
+        sizes: dict[str, Any] = dict(self.sizes)
+        return int(sizes.get("rows") or task_rows(problem))
+
+
 def tap_cost(
-    problem: ConvProblem, tile: Tile, passes: int, workspace: dict[str, int], thread_bytes: int = 0
+    problem: ConvProblem,
+    tile: Tile,
+    passes: int,
+    workspace: dict[str, int],
+    thread_bytes: int = 0,
+    rows: int = ROWS_A_TASK,
 ) -> LoweringCost:
     """One GEMM a tap, image and group. `passes` counts the vectors that the shifted sum reads or writes for one vector
-    of output and tap."""
+    of output and tap, `rows` the output rows of a task."""
     gemm = GemmShape(problem.pixels, problem.m_group, problem.c_group, problem.n * problem.groups * problem.taps)
     columns = problem.groups * ceil_div(problem.m_group, tile.nr) * tile.nr
     pixels = prod(max(i, o) for i, o in zip(problem.size, problem.out_size, strict=True))
@@ -87,7 +117,7 @@ def tap_cost(
         workspace=workspace,
         extra_flops=passes * problem.n * problem.taps * problem.pixels * columns,
         thread_bytes=thread_bytes,
-        tasks=task_count(problem, tile),
+        tasks=task_count(problem, tile, rows),
     )
 
 
@@ -123,17 +153,19 @@ def taps_of(problem: ConvProblem) -> list[Any]:
     return [te.reduce_axis((0, extent), name=f"k{d}") for d, extent in enumerate(problem.kernel)]
 
 
-def sum_attributes(problem: ConvProblem, letters: str, hold: str) -> dict[str, Any]:
+def sum_attributes(problem: ConvProblem, letters: str, hold: str, rows: int = ROWS_A_TASK) -> dict[str, Any]:
     """What a schedule is told of the sum: its axes, how much of T is held, and how many rows a task sums.
 
     Nothing where the output is stored in half precision: sums cannot grow in it, each is made in a register.
     """
     if problem.widened:
         return {}
-    return {ACCUMULATE_ANNOTATION: letters, HOLD_ANNOTATION: hold, ROWS_ANNOTATION: ROWS_A_TASK}
+    return {ACCUMULATE_ANNOTATION: letters, HOLD_ANNOTATION: hold, ROWS_ANNOTATION: rows}
 
 
-def shifted_sum(problem: ConvProblem, products: te.Tensor, epilogue: Epilogue, hold: str) -> te.Tensor:
+def shifted_sum(
+    problem: ConvProblem, products: te.Tensor, epilogue: Epilogue, hold: str, rows: int = ROWS_A_TASK
+) -> te.Tensor:
     """`O[n, *out, m]` from `tap_products`' T."""
     dims, grouped = problem.dims, problem.groups > 1
     taps = taps_of(problem)
@@ -147,7 +179,7 @@ def shifted_sum(problem: ConvProblem, products: te.Tensor, epilogue: Epilogue, h
         (problem.n, *problem.out_size, *channels),
         element,
         name="total",
-        attrs=sum_attributes(problem, "o" + "r" * (dims - 1) + "t" + "g" * grouped + "j", hold),
+        attrs=sum_attributes(problem, "o" + "r" * (dims - 1) + "t" + "g" * grouped + "j", hold, rows),
     )
 
     def finish(n: Any, *index: Any) -> Any:

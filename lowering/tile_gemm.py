@@ -9,6 +9,7 @@ Both operands are given by their address computation:
 letter a spatial axis, which is all that a schedule is told: `o` an independent outer axis, `t` the tile along m, `p`
 the panel along n, `i`/`j` the row/column within the tile. Two numbers go with it: `gemmify.rows`, how many rows the
 tiles cover, and `gemmify.ragged`, how many of the leading reduction axes may end early, as the outer axes decide.
+`gemmify.borders` stands where A is read under conditions that a schedule should cut out of its loops.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .base import Epilogue, Tile, ceil_div, dtype_of, zero
 AXES_ANNOTATION = "gemmify.axes"
 ROWS_ANNOTATION = "gemmify.rows"
 RAGGED_ANNOTATION = "gemmify.ragged"
+BORDERS_ANNOTATION = "gemmify.borders"
 
 ReadA = Callable[[tuple[Any, ...], Any, Any, Any, tuple[Any, ...]], Any]
 """`read_a(outer, x, g, n, k)`: A at row `x`; `n` is the output column (only a depthwise layer looks at it)."""
@@ -67,13 +69,15 @@ def tile_gemm(
     guard: bool = True,
     order: Sequence[int] | None = None,
     ragged: int = 0,
+    borders: bool = False,
     name: str = "gemm",
 ) -> te.Tensor:
     """The tensor `out[outer..., inner, (groups,) n]` of the module's equation.
 
     Rows past `inner` are not read unless `guard` is False, which promises that A can be read there. `epilogue` gets the
     index `(outer..., x, g n + column)`. `order` stores the axes (outer..., inner) in another order; `ragged` says that
-    `read_a` is 0 from some step of the first so many reduction axes on, which the outer axes alone decide.
+    `read_a` is 0 from some step of the first so many reduction axes on, which the outer axes alone decide; `borders`
+    that `read_a` is 0 outside a box of positions, under conditions which a schedule should cut out of its loops.
     """
     mr, nr = tile.mr, tile.nr
     tiles, panels, dims = ceil_div(inner, mr), ceil_div(n, nr), len(outer)
@@ -87,11 +91,12 @@ def tile_gemm(
             a = tirx.if_then_else(x < inner, a, zero(dtype_of(a)))
         return te.sum(a * read_b(at, g, p, j, tuple(k)), axis=k)
 
+    attrs = {AXES_ANNOTATION: "o" * dims + "topij", ROWS_ANNOTATION: inner, RAGGED_ANNOTATION: ragged}
     acc = te.compute(
         (*outer, tiles, groups, panels, mr, nr),
         product,
         name=f"{name}_acc",
-        attrs={AXES_ANNOTATION: "o" * dims + "topij", ROWS_ANNOTATION: inner, RAGGED_ANNOTATION: ragged},
+        attrs={**attrs, BORDERS_ANNOTATION: 1} if borders else attrs,
     )
     order = tuple(range(dims + 1)) if order is None else tuple(order)
 

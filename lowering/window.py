@@ -9,6 +9,7 @@ from typing import Any
 from tvm import te, tirx
 
 from .base import Stage, activation_shape, zero
+from .free_sizes import Size
 from .problem import ConvProblem, Problem, SpatialProblem
 
 
@@ -33,6 +34,16 @@ def read_padded(
     for i, size, before, after in sides:
         inside += ([i >= 0] if before else []) + ([i < size] if after else [])
     return tirx.if_then_else(tirx.all(*inside), value, zero(problem.accumulator)) if inside else value
+
+
+PAD_CHOICES = ("copy", "predicate")
+
+
+def pad_choices(problem: ConvProblem) -> dict[str, tuple[Size, ...]]:
+    """The free size `pad` of a GEMM that takes its A from the input: "copy" the input into a frame of zeros, or read it
+    under a "predicate" where it lies, without workspace. Only where a layer pads, and none that is stored in half
+    precision, whose copy pays for more."""
+    return {"pad": PAD_CHOICES} if problem.padded and not problem.widened else {}
 
 
 def copies_input(problem: ConvProblem) -> bool:

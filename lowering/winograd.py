@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from tvm import te
 
@@ -18,14 +19,17 @@ from .base import (
     Tile,
     ceil_div,
     no_epilogue,
+    off_stack,
     require_conv,
 )
 from .cook_toom import POINTS, amplification
+from .free_sizes import Size
 from .problem import ConvProblem, Problem
 from .window import activation_bytes
 from .winograd_tensors import (
-    FUSE_BLOCKS,
     MOST_POSITIONS,
+    Form,
+    block_choices,
     form_of,
     multiply,
     tile_edge,
@@ -57,8 +61,9 @@ class Winograd(Lowering):
 
     m: int
     same_macs = False
+    size_names = ("block", "fused")
     gemm_formula = "alpha^2 x [P x C]·[C x M]"
-    workspace_formula = "e alpha^2 (P C + threads Pb nr); with many blocks threads e alpha^2 Pb (C + nr)"
+    workspace_formula = "e alpha^2 (P C + threads Pb nr); fused threads e alpha^2 Pb (C + nr)"
     source = "Lavin & Gray 2015, section 4, algorithm 1 (arXiv 1509.09308)"
 
     def applicable(self, problem: Problem) -> Reason | None:
@@ -81,7 +86,7 @@ class Winograd(Lowering):
 
     def axes(self, problem: Problem) -> GemmAxes:
         assert isinstance(problem, ConvProblem)
-        form = form_of(problem, self.m)
+        form = self._form(problem)
         # A panel of channels must lie within one group.
         return GemmAxes(
             problem.n * prod(form.blocks) * form.positions * problem.groups,
@@ -92,19 +97,28 @@ class Winograd(Lowering):
             mr_divides=True,
         )
 
-    def fused(self, problem: ConvProblem) -> bool:
-        """Whether the input transform runs inside each block (no V in memory) or ahead of all of them."""
-        return problem.n * prod(form_of(problem, self.m).blocks) >= FUSE_BLOCKS
+    def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
+        """`block`: tiles of a block, one number a dimension; `fused`: the input transform within each block, V in
+        scratch of the thread, or ahead of all of them, V in memory."""
+        assert isinstance(problem, ConvProblem)
+        usual = form_of(problem, self.m).fused
+        blocks = block_choices(problem, self.m)
+        return {**({"block": blocks} if len(blocks) > 1 else {}), "fused": (usual, not usual)}
+
+    def _form(self, problem: ConvProblem) -> Form:
+        sizes: dict[str, Any] = dict(self.sizes)
+        return form_of(problem, self.m, sizes.get("block"), sizes.get("fused"))
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        form = form_of(problem, self.m)
+        form = self._form(problem)
         positions, tiles = form.positions, problem.n * prod(form.grid)
         columns = ceil_div(problem.m, tile.nr) * tile.nr
         e = problem.scratch_element
         weights = e * positions * problem.c_group * columns
-        workspace = {} if self.fused(problem) else {"winograd_input": e * positions * tiles * problem.c}
+        workspace = {} if form.fused else {"winograd_input": e * positions * tiles * problem.c}
         blocks = problem.n * prod(form.blocks)
+        held = (tile.nr, problem.c) if form.fused else (tile.nr,)
         return LoweringCost(
             gemms=(GemmShape(tiles, problem.m_group, problem.c_group, positions * problem.groups),),
             macs=positions * tiles * problem.c_group * columns,
@@ -117,14 +131,14 @@ class Winograd(Lowering):
             extra_flops=tiles * transform_flops(form, problem.c, columns),
             weight_reads=blocks,
             tasks=blocks if not workspace else blocks * (columns // tile.nr),
-            thread_bytes=e * positions * form.tiles * (tile.nr + (problem.c if not workspace else 0)),
+            thread_bytes=sum(off_stack(e * positions * form.tiles * columns) for columns in held),
         )
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
-        form = form_of(problem, self.m)
+        form = self._form(problem)
         weight = Stage("packed", ("weight",), lambda w: transform_weight(problem, form, tile, w), "weight", wide=True)
-        if self.fused(problem):
+        if form.fused:
 
             def whole(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
                 return multiply(problem, form, tile, epilogue, transform_input(problem, form, data), packed)

@@ -31,16 +31,24 @@ BLOCK_TILES = 64
 # From this many blocks on, blocks alone keep the cores busy and the input transform is fused into them.
 FUSE_BLOCKS = 8
 FUSE_TILES = 12
+# Blocks that a tuner may try: fewer tiles make no register tile, more leave every cache.
+FEWEST_TILES, MOST_TILES = 4, 256
+# So many times BLOCK_BYTES the transformed tiles of a block may take there.
+SPILL = 4
 
 
 @dataclass(frozen=True)
 class Form:
-    """Sizes of one problem: `grid` tiles of `m` outputs an image, in blocks of `block` tiles; kernel `r`."""
+    """Sizes of one problem: `grid` tiles of `m` outputs an image, in blocks of `block` tiles; kernel `r`.
+
+    `fused`: the input transform runs inside each block (no V in memory), not ahead of all of them.
+    """
 
     m: tuple[int, ...]
     r: tuple[int, ...]
     grid: tuple[int, ...]
     block: tuple[int, ...]
+    fused: bool
 
     @property
     def alpha(self) -> tuple[int, ...]:
@@ -74,22 +82,59 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-@lru_cache(maxsize=1024)
-def form_of(problem: ConvProblem, m: int) -> Form:
-    """The tiling of `problem`, blocks never padded up.
+@lru_cache(maxsize=4096)
+def form_of(problem: ConvProblem, m: int, block: tuple[int, ...] | None = None, fused: bool | None = None) -> Form:
+    """The tiling of `problem`, blocks never padded up; `block` and `fused` default to `_default`'s,
+    each on its own."""
+    if block is None or fused is None:
+        usual_block, usual_fused = _default(problem, m)
+        block, fused = usual_block if block is None else block, usual_fused if fused is None else fused
+    edge, grid, _ = _tiling(problem, m)
+    assert all(g % b == 0 for g, b in zip(grid, block, strict=True)), f"blocks of {block} in a grid of {grid}"
+    return Form(edge, problem.kernel, grid, block, fused)
 
-    The largest block within BLOCK_BYTES and BLOCK_TILES that leaves FUSE_BLOCKS blocks; where such blocks would be too
-    small for a register tile, the largest block that there is (the input is then transformed ahead of all blocks).
-    """
+
+def _tiling(problem: ConvProblem, m: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(outputs of a tile, tiles of an image, positions of a tile)"""
     edge = tile_edge(problem, m)
     grid = tuple(ceil_div(size, e) for size, e in zip(problem.out_size, edge, strict=True))
-    positions = prod(e + k - 1 for e, k in zip(edge, problem.kernel, strict=True))
+    return edge, grid, prod(e + k - 1 for e, k in zip(edge, problem.kernel, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _default(problem: ConvProblem, m: int) -> tuple[tuple[int, ...], bool]:
+    """(block, fused): the largest block within BLOCK_BYTES and BLOCK_TILES that leaves FUSE_BLOCKS blocks; where such
+    blocks would be too small for a register tile, the largest block that there is (the input is then transformed ahead
+    of all blocks)."""
+    _, grid, positions = _tiling(problem, m)
     limit = max(1, min(BLOCK_TILES, BLOCK_BYTES // (positions * problem.c * problem.scratch_element)))
     blocks = [b for b in product(*map(_divisors, grid)) if prod(b) <= BLOCK_TILES]
     fused = [b for b in blocks if prod(b) <= limit and problem.n * prod(grid) >= FUSE_BLOCKS * prod(b)]
     fused = [b for b in fused if prod(b) >= FUSE_TILES]
     block = max(fused or blocks, key=lambda b: (prod(b), *reversed(b)))
-    return Form(edge, problem.kernel, grid, block)
+    return block, problem.n * prod(grid) >= FUSE_BLOCKS * prod(block)
+
+
+@lru_cache(maxsize=1024)
+def block_choices(problem: ConvProblem, m: int) -> tuple[tuple[int, ...], ...]:
+    """Blocks that may be tried, the default first, then by their number of tiles.
+
+    The divisors of the grid, FEWEST_TILES to MOST_TILES tiles (all of a smaller grid) whose transform takes at most
+    SPILL times BLOCK_BYTES; of the same number of tiles the two shapes that are nearest to whole rows and to squares.
+    """
+    _, grid, positions = _tiling(problem, m)
+    usual, _ = _default(problem, m)
+    tile_bytes = positions * problem.c * problem.scratch_element
+    most = max(prod(usual), min(MOST_TILES, SPILL * BLOCK_BYTES // tile_bytes))
+    least = min(FEWEST_TILES, prod(grid))
+    by_tiles: dict[int, list[tuple[int, ...]]] = {}
+    for b in product(*map(_divisors, grid)):
+        if least <= prod(b) <= most:
+            by_tiles.setdefault(prod(b), []).append(b)
+    kept = [usual]
+    for _, same in sorted(by_tiles.items()):
+        kept += [max(same, key=lambda b: b[::-1]), min(same, key=lambda b: (max(b) / min(b), b))]
+    return tuple(dict.fromkeys(kept))
 
 
 def _unravel(position: Any, extents: Sequence[int]) -> list[Any]:

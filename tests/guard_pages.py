@@ -66,7 +66,11 @@ def main() -> None:
     """Check every lowering of LAYERS, and both gradients of FORWARD, against a page behind and a page before."""
     target = parse_target("llvm")
     ops = (EpilogueOp("bias", 0), EpilogueOp("add", 1))
-    layers = compile_cases([(problem, ops) for problem in LAYERS], Machine.from_target(target), target)
+    machine = Machine.from_target(target)
+    layers = compile_cases([(problem, ops) for problem in LAYERS], machine, target)
+    by_predicate = LOWERINGS["implicit-gemm"].configured(pad="predicate")
+    padded = [problem for problem in LAYERS if not (by_predicate.applicable(problem) or by_predicate.refuses(problem))]
+    layers += compile_cases([(problem, ops) for problem in padded], machine, target, [by_predicate])
     problems = [kind(forward) for forward in FORWARD for kind in (InputGradientProblem, WeightGradientProblem)]
     gradients = [compile_layer(problem, key, target) for problem in problems for key in ("implicit-gemm", "im2col")]
     rng = np.random.default_rng(0)

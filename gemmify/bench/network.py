@@ -13,11 +13,14 @@ import numpy as np
 
 import gemmify
 from gemmify import measure
+from gemmify.bench import metaschedule
 from gemmify.bench.header import header
 from gemmify.bench.peers import ENGINES, OURS, check_peers
 from gemmify.bench.rounds import agreement, measure_engines
 from gemmify.errors import InputError
 from gemmify.frontend import import_model
+from gemmify.manifest import target_dict
+from gemmify.pipeline import resolve_target
 from gemmify.runtime import random_inputs
 from gemmify.threads import check_threads, default_threads
 
@@ -45,9 +48,13 @@ def run_model(
     lowering: Any = "auto",
     max_error: float | None = None,
     target: Any = "llvm",
+    tuning_minutes: float | None = None,
+    logs: Any = None,
+    frozen: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Time `model` compiled by us, and by each of `peers` ("onnxruntime", "openvino"; "torch" for a `.pt2` file).
+    """Time `model` compiled by us, and by each of `peers` ("onnxruntime", "openvino", "metaschedule", which tunes for
+    `tuning_minutes` first; "torch" for a `.pt2` file).
 
     Ours is exported and loaded by a fresh process that has TVM's runtime only; every engine has a process of its own,
     `threads` threads and the same seeded inputs, and they take turns (see `measure_engines`). The limits of the machine
@@ -59,23 +66,32 @@ def run_model(
     an engine fails.
     """
     check_peers(peers)
+    minutes = metaschedule.check_minutes(tuning_minutes, peers)
     threads = default_threads() if threads is None else check_threads(threads)
     source = _source(model, peers, shapes)
     result = header("model", threads, target)
+    options = {"lowering": lowering, "max_error": max_error, "logs": logs, "frozen": frozen}
     bandwidth = {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
     peaks = [measure.multiply_add_peak(threads, "float32", target)]
     progress(f"peak {peaks[0]:.0f} GFLOP/s, memory read {bandwidth['read']:.1f} GB/s, {threads} threads")
     with tempfile.TemporaryDirectory(prefix="gemmify-bench-") as folder:
         begin = time.perf_counter()
-        compiled = gemmify.compile(
-            model, target=target, lowering=lowering, max_error=max_error, shapes=shapes, threads=threads
-        )
+        compiled = gemmify.compile(model, target=target, shapes=shapes, threads=threads, **options)
         inputs = random_inputs(compiled.inputs)
         files = {OURS: Path(compiled.export(Path(folder) / "ours.so"))}
         progress(f"{compiled.manifest.model} compiled in {time.perf_counter() - begin:.1f} s")
         if peers:
             path = _peer_file(source, inputs, Path(folder))
             files.update({peer: path for peer in peers})
+        if metaschedule.PEER in peers:
+            files[metaschedule.PEER], result["metaschedule"] = metaschedule.tuned_library(
+                path,
+                Path(folder),
+                target=target_dict(resolve_target(target)),
+                threads=threads,
+                minutes=minutes,
+                progress=progress,
+            )
         found = measure_engines(
             files,
             inputs,
@@ -93,6 +109,7 @@ def run_model(
         "layers": len(layers),
         "inputs": {spec.name: list(spec.shape) for spec in compiled.inputs},
         "memory": compiled.memory(),
+        "tuning": compiled.manifest.tuning,
     }
     result["engines"] = compare_engines(found, macs, max(peaks))
     result["kernels"] = kernel_rows(found["kernels"], layers)
@@ -148,7 +165,7 @@ def _source(model: Any, peers: Sequence[str], shapes: Mapping[str, Sequence[int]
         if ENGINES[peer][3] != ending:
             raise InputError(
                 f"peer {peer!r} reads {ENGINES[peer][3]} files, and this model is not one: "
-                "give an ONNX file or a zoo name for onnxruntime and openvino, a .pt2 file for torch"
+                "give an ONNX file or a zoo name for onnxruntime, openvino and metaschedule, a .pt2 file for torch"
             )
     return source
 

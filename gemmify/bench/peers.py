@@ -101,12 +101,33 @@ class Torch:
         return [t.numpy() for t in (found if isinstance(found, tuple | list) else (found,))]
 
 
+class MetaSchedule:
+    """A network that stock MetaSchedule tuned (`bench.metaschedule`), on TVM's runtime only, as ours is."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from gemmify.threads import import_tvm, use_threads
+
+        tvm = import_tvm()
+        self._threads, self._use_threads, self._tensor = threads, use_threads, tvm.runtime.tensor
+        use_threads(threads)
+        self.version = f"(TVM {tvm.__version__})"
+        self._vm = tvm.runtime.vm.VirtualMachine(tvm.runtime.load_module(path), tvm.cpu())
+        # The weights in the layout that the tuned kernels read: made once, as ours are made when compiling.
+        self._weights = list(self._vm["main_transform_params"]([]))
+
+    def run(self, inputs: Arrays) -> Sequence[np.ndarray]:
+        self._use_threads(self._threads)
+        found = self._vm["main"](*(self._tensor(array) for array in inputs.values()), *self._weights)
+        return [t.numpy() for t in ([found] if hasattr(found, "numpy") else found)]
+
+
 # name -> (class, module that must be importable, the extra of ours that brings it, file name ending that it reads)
 ENGINES: dict[str, tuple[type, str, str, str]] = {
     OURS: (Gemmify, "tvm", "", ".so"),
     "onnxruntime": (OnnxRuntime, "onnxruntime", "peers", ".onnx"),
     "openvino": (OpenVino, "openvino", "peers", ".onnx"),
     "torch": (Torch, "torch", "torch", ".pt2"),
+    "metaschedule": (MetaSchedule, "xgboost", "tune", ".onnx"),
 }
 PEERS = tuple(name for name in ENGINES if name != OURS)
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from gemmify.bench.header import SCHEMA, header
 from gemmify.bench.lowerings_report import lowerings_parts
+from gemmify.bench.metaschedule import check_minutes
 from gemmify.bench.network import run_model
 from gemmify.bench.peers import OURS, check_peers
 from gemmify.bench.rounds import IDLE_LIMIT
@@ -127,6 +128,8 @@ def _model(result: Mapping[str, Any]) -> list[Part]:
     columns = ("engine", "best ms", "median ms", "p90 ms", "GFLOP/s", "of peak", "x ours", "best x ours", "difference")
     title = f"{result['model']['name']}: {result['model']['macs'] / 1e9:.2f} G multiply-adds"
     kind_rows = [(k["kind"], str(k["calls"]), milliseconds(k["seconds"]), percent(k["share"])) for k in result["kinds"]]
+    if "metaschedule" in result:
+        notes.append(_tuned(result["metaschedule"]))
     return [
         Section(title, columns, rows),
         *notes,
@@ -134,6 +137,15 @@ def _model(result: Mapping[str, Any]) -> list[Part]:
         Section("ours, by kind of kernel", ("kind", "calls", "ms", "share"), kind_rows),
         f"convolutions and fully connected layers take {percent(result['conv_fc_share'])} of our time",
     ]
+
+
+def _tuned(found: Mapping[str, Any]) -> str:
+    """What the peer MetaSchedule did in its time."""
+    return (
+        f"metaschedule tuned for {found['seconds'] / 60:.1f} minutes: {found['trials']} trials "
+        f"({found['per_iteration']} an iteration), {found['failed']} failed; "
+        f"{found['tuned']} of {found['tasks']} tasks have a record that ran"
+    )
 
 
 LAYER_COLUMNS = ("layer", "problem", "lowering", "ms", "share", "GFLOP/s", "of peak")
@@ -163,6 +175,7 @@ def peers_report(
     lowering: Any = "auto",
     max_error: float | None = None,
     target: Any = "llvm",
+    tuning_minutes: float | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run `run_model` on several models, and compare ours with the fastest peer of each.
@@ -179,7 +192,8 @@ def peers_report(
         if isinstance(model, str) and model not in ZOO and not Path(model).is_file():
             import_model(model, shapes)
     options = {"peers": peers, "threads": threads, "repeat": repeat, "lowering": lowering, "target": target}
-    options["max_error"] = max_error
+    options |= {"max_error": max_error, "tuning_minutes": tuning_minutes}
+    check_minutes(tuning_minutes, peers)
 
     def run(model: Any) -> dict[str, Any]:
         return run_model(model, shapes=shapes, progress=lambda line: progress(f"{model}: {line}"), **options)

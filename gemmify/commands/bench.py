@@ -28,14 +28,16 @@ def execute(
     """The result of `bench.run_lowerings` or `bench.run_suite` for a suite, of `bench.run_model` for a model, of
     `peers_report` for several.
 
-    `options` are `target`, `threads` and `repeat`, for models `max_error`. Lines of progress go to stderr. `picture` is
-    the file that the suite `lowerings` is drawn to.
+    `options` are `target`, `threads` and `repeat`, for models `max_error`, `logs`, `frozen` and `tuning_minutes`. Lines
+    of progress go to stderr. `picture` is the file that the suite `lowerings` is drawn to.
     """
     if bool(models) == (suite is not None):
         raise InputError("bench takes either MODELs or --suite NAME (layers, gemm or lowerings)")
     if models and (layer or quick):
         raise InputError(f"{'--layer' if layer else '--quick'} belongs to --suite; leave it out for a model")
     of_models = {"--peers": peers, "--shape": shapes, "--max-error": options.get("max_error")}
+    of_models |= {"--frozen": options.get("frozen"), "--logs or --no-logs": "logs" in options}
+    of_models["--tuning-minutes"] = options.get("tuning_minutes")
     if suite is not None and any(of_models.values()):
         given = next(name for name, value in of_models.items() if value)
         raise InputError(f"{given} belongs to a model; leave it out for a suite")

@@ -18,7 +18,7 @@ def execute(
 ) -> dict[str, Any]:
     """Compile `model` with the keyword `options` of `gemmify.compile` and write `output` (default: MODEL's stem + .so).
 
-    Returns {output, bytes, model, target, threads, cpu_features, layers, memory}.
+    Returns {output, bytes, model, target, threads, cpu_features, layers, memory, tuning, log_hash}.
     """
     import time
 
@@ -40,10 +40,13 @@ def execute(
         "cpu_features": list(manifest.cpu_features),
         "layers": compiled.layers,
         "memory": compiled.memory(),
+        "tuning": manifest.tuning,
+        "log_hash": manifest.log_hash,
     }
 
 
 def show(result: dict[str, Any]) -> None:
     report.layers_table(result["layers"])
+    report.coverage_line(result["tuning"])
     report.memory_line(result["memory"])
     print(f"wrote {result['output']} ({report.size(result['bytes'])}, {result['threads']} threads)")

@@ -13,7 +13,7 @@ from ..export import check_destination
 def execute(model: str, output: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Plan `model` with the keyword `options` of `pipeline.plan_model`, and write the plan.
 
-    `output` is MODEL's stem + .plan.json where it is not given. Returns {output, model, plan, layers}.
+    `output` is MODEL's stem + .plan.json where it is not given. Returns {output, model, plan, layers, tuning}.
     """
     from ..threads import check_threads, import_tvm
 
@@ -32,9 +32,11 @@ def execute(model: str, output: str | None, options: dict[str, Any]) -> dict[str
         "model": planned.model,
         "plan": planned.plan.to_dict(),
         "layers": planned.layers,
+        "tuning": planned.tuning,
     }
 
 
 def show(result: dict[str, Any]) -> None:
     report.layers_table(result["layers"])
+    report.coverage_line(result["tuning"])
     print(f"wrote {result['output']}; edit it, and compile with --plan {result['output']}")

@@ -50,7 +50,7 @@ class Point:
         try:
             mr, nr = data["tile"]
             sizes, schedule = (knobs({str(k): _value(v) for k, v in data[n].items()}) for n in ("sizes", "schedule"))
-            if isinstance(mr, bool) or not isinstance(mr, int) or not isinstance(nr, int):
+            if any(isinstance(side, bool) or not isinstance(side, int) for side in (mr, nr)):
                 raise ValueError(f"a tile is two whole numbers, found {data['tile']!r}")
             return cls(str(data["lowering"]), Tile(mr, nr), sizes, schedule)
         except KeyError as err:
@@ -73,7 +73,9 @@ def _plain(pairs: Knobs) -> dict[str, Any]:
 
 def _value(value: Any) -> Value:
     if isinstance(value, list):
-        return tuple(int(v) for v in value)
+        if any(isinstance(v, bool) or not isinstance(v, int) for v in value):
+            raise TypeError(f"a knob's list holds whole numbers, found {value!r}")
+        return tuple(value)
     if not isinstance(value, int | str):
         raise TypeError(f"a knob is a whole number, a text or a list of numbers, found {value!r}")
     return value

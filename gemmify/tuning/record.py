@@ -17,8 +17,9 @@ OUTCOMES = ("ok", "wrong", "crash", "timeout", "memory", "build", "lost")
 """ok: measured, numbers right; wrong: numbers off; crash: its process died; timeout; memory: over the bound; build: no
 code came out; lost: the device that measured it went away (never a fault of the candidate)."""
 
-STAGES = ("trial", "final")
-"""trial: measured once, alone; final: measured again in turns with the default and the other finalists of `group`."""
+STAGES = ("trial", "final", "network")
+"""trial: measured once, alone; final: measured again in turns with the default and the other finalists of `group`;
+network: measured as a final, but inside the network that `group` names: `cold` then holds what the layer took there."""
 
 
 @dataclass(frozen=True)

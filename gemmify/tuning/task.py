@@ -32,9 +32,8 @@ class Task:
         made = _KINDS.get(str(data.get("op")))
         if made is None:
             raise ValueError(f"a task's op must be one of {', '.join(_KINDS)}, found {data.get('op')!r}")
-        names = [field.name for field in fields(made)]
         try:
-            sizes = {name: _size(data[name]) for name in names}
+            sizes = {field.name: _size(data[field.name], str(field.type)) for field in fields(made)}
             epilogue = tuple(_op_from_list(item) for item in data["epilogue"])
         except KeyError as err:
             raise ValueError(f"a task of op {data['op']} needs {err.args[0]!r}") from err
@@ -56,12 +55,14 @@ class Task:
         return f"{batch}{size} -> {p.m} {kernel}{stride}{groups} {tail}".rstrip()
 
 
-def _size(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | str | list | tuple):
-        raise TypeError(f"found {value!r}")
-    if isinstance(value, list | tuple):
-        return tuple(_size(v) for v in value)
-    return value
+def _size(value: Any, kind: str) -> Any:
+    """A field of a problem from its JSON value; `kind` is the field's annotation. TypeError where it is of another."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kind.startswith("tuple") and isinstance(value, list | tuple):
+        return tuple(_size(v, "int") for v in value)
+    if (whole and kind == "int") or (isinstance(value, str) and kind == "str"):
+        return value
+    raise TypeError(f"found {value!r}")
 
 
 def _op_to_list(op: EpilogueOp) -> list[Any]:

@@ -27,8 +27,10 @@ from tvm.tirx import BufferStore, IfThenElse, PrimFunc, Stmt
 
 from ..machine import Machine
 from .chain import place_consumer
-from .gemm import AXES_ANNOTATION, default_knobs, schedule_gemm, tile_loops, unroll_tile
+from .gemm import block_order, schedule_gemm, tile_loops, unroll_reduction, unroll_tile
+from .gemm_knobs import GemmSizes, Knobs
 from .parallel import extent, parallelize
+from .prefetch import prefetch_panels
 from .runs import vectorize_copies
 from .tir_tools import in_root_block, lower_blocks
 
@@ -53,7 +55,7 @@ def merge_unblock(sch: s_tir.Schedule) -> None:
             sch.reverse_compute_inline(block)
 
 
-def schedule_blocked(sch: s_tir.Schedule, copy: Any, gemm: Any | None, machine: Machine) -> PrimFunc:
+def schedule_blocked(sch: s_tir.Schedule, copy: Any, gemm: Any | None, machine: Machine, knobs: Knobs) -> PrimFunc:
     """The function of the schedule with its copy and the GEMM behind it scheduled, the copy's loops in vectors."""
     where = str(sch.get(copy).annotations[COPY_ANNOTATION])
     buffer = str(sch.get(copy).writes[0].source.name)
@@ -62,11 +64,11 @@ def schedule_blocked(sch: s_tir.Schedule, copy: Any, gemm: Any | None, machine: 
     if where == WHOLE:
         _split_copy(sch, copy, sch.get_loops(copy), machine, parallel=True)
         if gemm is not None:
-            schedule_gemm(sch, gemm, machine)
+            schedule_gemm(sch, gemm, machine, knobs)
     else:
         guarded = _partial_output(sch, gemm)
-        _schedule_in_blocks(sch, copy, gemm, machine, where == SHARED)
-    func = vectorize_copies(lower_blocks(sch.mod["main"]), buffer, machine)
+        _schedule_in_blocks(sch, copy, gemm, machine, where == SHARED, knobs)
+    func = vectorize_copies(lower_blocks(prefetch_panels(sch.mod["main"])), buffer, machine)
     return in_root_block(func if guarded is None else _guard_stores(func, guarded))
 
 
@@ -90,43 +92,43 @@ def _guard_stores(func: PrimFunc, name: str) -> PrimFunc:
     return func.with_body(tvm_ffi.structural_map(func.body, (BufferStore, guard)))
 
 
-def _schedule_in_blocks(sch: s_tir.Schedule, copy: Any, gemm: Any, machine: Machine, shared: bool) -> None:
+def _schedule_in_blocks(
+    sch: s_tir.Schedule, copy: Any, gemm: Any, machine: Machine, shared: bool, knobs: Knobs
+) -> None:
     (consumer,) = sch.get_consumers(gemm)
     # 2.
-    dtype = str(sch.get(gemm).writes[0].source.dtype)
-    lanes = machine.lanes(dtype)
-    rows = int(sch.get(consumer).iter_vars[-2].dom.extent)
-    by_letter, reduction = tile_loops(sch, gemm, str(sch.get(gemm).annotations[AXES_ANNOTATION]))
-    block, *outer = by_letter["o"]
+    sizes = blocked_sizes(sch.get(gemm), sch.mod["main"], machine, shared)
+    by_letter, reduction = tile_loops(sch, gemm, sizes.letters)
+    block = by_letter["o"].pop(0)
     (tile,) = by_letter["t"]
-    partial = extent(sch, tile) * extent(sch, by_letter["i"][0]) != rows
-    panels_outside = shared and default_knobs(sch, gemm, machine).panels_outside
-    order = [*by_letter["p"], *outer] if panels_outside else [*outer, *by_letter["p"]]
-    sch.reorder(block, *order, tile, *reduction, *by_letter["i"], *by_letter["j"])
-    at = tile
+    partial = not sizes.full
+    order = block_order(sch, by_letter, sizes, knobs)
+    tiles = [] if sizes.over_tiles else [tile]
+    sch.reorder(block, *order, *tiles, *reduction, *by_letter["i"], *by_letter["j"])
+    at = order[-1] if sizes.over_tiles else tile
     if partial:
         sch.annotate(tile, "pragma_loop_partition_hint", True)
     if shared:
-        within = sch.fuse(*order) if partial else sch.fuse(*order, tile)
+        within = sch.fuse(*order) if partial else sch.fuse(*order, *tiles)
         at = tile if partial else within
         sch.parallel(within)
     else:
         sch.parallel(block)
     sch.set_scope(gemm, 0, "local")
-    place_consumer(sch, consumer, at, lanes)
-    _unroll_short(sch, reduction[-1])
-    unroll_tile(sch, by_letter["i"][0], by_letter["j"][0], lanes)
+    place_consumer(sch, consumer, at, sizes.lanes)
+    unroll_reduction(sch, reduction, sizes, knobs)
+    unroll_tile(sch, by_letter["i"][0], by_letter["j"][0], sizes.lanes)
     init = sch.decompose_reduction(gemm, reduction[0])
     init_i, init_j = sch.get_loops(init)[-2:]
-    unroll_tile(sch, init_i, init_j, lanes)
+    unroll_tile(sch, init_i, init_j, sizes.lanes)
     # 3.
     sch.compute_at(copy, block, preserve_unit_loops=True)
     _split_copy(sch, copy, sch.get_loops(copy)[1:], machine, parallel=shared)
 
 
-def _unroll_short(sch: s_tir.Schedule, loop: Any) -> None:
-    if extent(sch, loop) <= 4:
-        sch.unroll(loop)
+def blocked_sizes(gemm: Any, func: PrimFunc, machine: Machine, shared: bool) -> GemmSizes:
+    """The sizes of the GEMM of one block, whose rows are what the first axis does not count."""
+    return GemmSizes(gemm, func, machine, lead=1, serial=not shared)
 
 
 def _split_copy(sch: s_tir.Schedule, copy: Any, loops: list[Any], machine: Machine, parallel: bool) -> None:

@@ -15,32 +15,17 @@ Needs `mr (nr / lanes) + nr / lanes + 1` vector registers: 14 x 32 float32 uses 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd
 from typing import Any
 
 from tvm import s_tir
 
 from ..machine import Machine
+from .borders import BORDERS_ANNOTATION
+from .gemm_knobs import AXES_ANNOTATION, PARALLEL_CYCLES, PREFETCH_BYTES, GemmSizes, Knobs, divisor, one_of
+from .prefetch import PREFETCH_ANNOTATION
 
-AXES_ANNOTATION = "gemmify.axes"
-ROWS_ANNOTATION = "gemmify.rows"
 RAGGED_ANNOTATION = "gemmify.ragged"
-
-# Waking the other cores and waiting for them takes a few microseconds: a GEMM of fewer cycles runs on one core.
-PARALLEL_CYCLES = 12_000
-
-
-@dataclass(frozen=True)
-class GemmKnobs:
-    """What a tuner may choose beside the register tile: loop order and unrolling of the reduction.
-
-    `panels_outside` runs all rows for one panel of B before the next panel (B stays in the cache); otherwise all panels
-    for one row (A stays). `k_unroll` copies of the innermost reduction body are emitted.
-    """
-
-    panels_outside: bool = True
-    k_unroll: int = 1
 
 
 def find_gemm_block(sch: s_tir.Schedule, func_name: str = "main") -> Any | None:
@@ -51,48 +36,30 @@ def find_gemm_block(sch: s_tir.Schedule, func_name: str = "main") -> Any | None:
     return None
 
 
-def default_knobs(sch: s_tir.Schedule, block: Any, machine: Machine) -> GemmKnobs:
-    """Panels outside unless all of B fits into half of a core's L2; the reduction unrolled to at least 4 steps."""
-    # A layer whose every input element is padding reads nothing at all.
-    fits = all(
-        prod(int(extent) for extent in region.source.shape)
-        * machine.vector_bytes
-        // machine.lanes(str(region.source.dtype))
-        <= machine.l2_bytes // 2
-        for region in list(sch.get(block).reads)[-1:]
-    )
-    inner_k = [int(v.dom.extent) for v in sch.get(block).iter_vars if int(v.iter_type) == 2][-1]
-    return GemmKnobs(panels_outside=not fits, k_unroll=inner_k if inner_k <= 4 else 1)
+def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Knobs | None = None) -> None:
+    """Schedule the GEMM block and its one consumer in place; see the module for the steps, `knobs.py` for the knobs.
 
-
-def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: GemmKnobs | None = None) -> None:
-    """Schedule the GEMM block and its one consumer in place; see the module for the steps."""
-    knobs = knobs or default_knobs(sch, block, machine)
-    axes = str(sch.get(block).annotations[AXES_ANNOTATION])
+    Raises ValueError for a value of a knob that this GEMM cannot have.
+    """
+    knobs, sizes = knobs or {}, GemmSizes(sch.get(block), sch.mod["main"], machine)
     consumers = sch.get_consumers(block)
     assert len(consumers) == 1, "a GEMM block has exactly one consumer, which writes the output"
     consumer = consumers[0]
-    dtype = str(sch.get(block).writes[0].source.dtype)
-    lanes = machine.lanes(dtype)
     notes = sch.get(block).annotations
-    inner = int(notes[ROWS_ANNOTATION]) if ROWS_ANNOTATION in notes else _consumer_inner(sch, consumer)
 
-    by_letter, reduction = tile_loops(sch, block, axes)
-    partial = _extent(sch, by_letter["t"][0]) * _extent(sch, by_letter["i"][0]) != inner
-
-    steps = prod(_extent(sch, loop) for loop in sch.get_loops(block))
-    cycles = steps // (lanes * machine.fma_ports)
+    by_letter, reduction = tile_loops(sch, block, sizes.letters)
 
     # 1. loop order
-    order = by_letter["p"] + by_letter["o"] if knobs.panels_outside else by_letter["o"] + by_letter["p"]
-    sch.reorder(*order, *by_letter["t"], *reduction, *by_letter["i"], *by_letter["j"])
+    order = block_order(sch, by_letter, sizes, knobs)
+    sch.reorder(*order, *([] if sizes.over_tiles else by_letter["t"]), *reduction, *by_letter["i"], *by_letter["j"])
     # 2. the tile loop joins the parallel loop unless its last tile is split off (5)
-    if partial:
-        sch.annotate(by_letter["t"][0], "pragma_loop_partition_hint", True)
+    if not sizes.full:
+        if BORDERS_ANNOTATION not in notes:
+            sch.annotate(by_letter["t"][0], "pragma_loop_partition_hint", True)
         at, shared = by_letter["t"][0], sch.fuse(*order)
     else:
-        at = shared = sch.fuse(*order, *by_letter["t"])
-    if cycles > PARALLEL_CYCLES:
+        at = shared = sch.fuse(*order, *([] if sizes.over_tiles else by_letter["t"]))
+    if sizes.cycles > PARALLEL_CYCLES:
         sch.parallel(shared)
     for loop in reduction[: int(notes.get(RAGGED_ANNOTATION, 0))]:
         sch.annotate(loop, "pragma_loop_partition_hint", True)
@@ -100,16 +67,53 @@ def schedule_gemm(sch: s_tir.Schedule, block: Any, machine: Machine, knobs: Gemm
     sch.set_scope(block, 0, "local")
     # 4. epilogue from registers
     sch.reverse_compute_at(consumer, at, preserve_unit_loops=True)
-    if knobs.k_unroll > 1:
-        innermost = reduction[-1]
-        if knobs.k_unroll < _extent(sch, innermost):
-            innermost = sch.split(innermost, [None, gcd(knobs.k_unroll, _extent(sch, innermost))])[1]
-        sch.unroll(innermost)
-    unroll_tile(sch, by_letter["i"][0], by_letter["j"][0], lanes)
+    unroll_reduction(sch, reduction, sizes, knobs)
+    unroll_tile(sch, by_letter["i"][0], by_letter["j"][0], sizes.lanes)
     init = sch.decompose_reduction(block, reduction[0])
     init_i, init_j = sch.get_loops(init)[-2:]
-    unroll_tile(sch, init_i, init_j, lanes)
-    _schedule_store(sch, consumer, at, lanes)
+    unroll_tile(sch, init_i, init_j, sizes.lanes)
+    _schedule_store(sch, consumer, at, sizes.lanes)
+
+
+def block_order(sch: s_tir.Schedule, by_letter: dict[str, list[Any]], sizes: GemmSizes, knobs: Knobs) -> list[Any]:
+    """The loops around the tiles, outermost first: blocks of panels, blocks of rows, panels, rows."""
+    row_block = divisor(knobs, "row_block", sizes.rows, "rows", sizes.row_block)
+    panel_block = divisor(knobs, "panel_block", sizes.panels, "panels", sizes.panels)
+    outer, panels, tiles = by_letter["o"], by_letter["p"], by_letter["t"] if sizes.over_tiles else []
+    if (row_block, panel_block) == (sizes.row_block, sizes.panels):
+        return [*(panels + outer if sizes.large_b else outer + panels), *tiles]
+    # Side by side first: fused are loops that have nothing between them.
+    sch.reorder(*outer, *by_letter["t"], *panels)
+    row_order = _in_blocks(sch, [*outer, *tiles], sizes.rows, row_block)
+    panel_order = _in_blocks(sch, panels, sizes.panels, panel_block)
+    return [*panel_order[0], *row_order[0], *panel_order[1], *row_order[1]]
+
+
+def _in_blocks(sch: s_tir.Schedule, loops: list[Any], extent: int, block: int) -> tuple[list[Any], list[Any]]:
+    """(loops over the blocks, loops within one) of nested loops of `extent` steps in all."""
+    if block == extent:
+        return [], loops
+    if block == 1:
+        return loops, []
+    many, few = sch.split(sch.fuse(*loops), [None, block])
+    return [many], [few]
+
+
+def unroll_reduction(sch: s_tir.Schedule, reduction: list[Any], sizes: GemmSizes, knobs: Knobs) -> None:
+    """Write out `k_unroll` steps of the innermost reduction loop; ask for the panel of B `prefetch` bytes ahead.
+
+    Where the loop is split, `reduction` ends in its two parts afterwards.
+    """
+    innermost = reduction[-1]
+    steps = divisor(knobs, "k_unroll", _extent(sch, innermost), "steps of the innermost reduction", sizes.k_unroll)
+    ahead = one_of(knobs, "prefetch", (0, *PREFETCH_BYTES), 0)
+    outer = innermost
+    if 1 < steps < _extent(sch, innermost):
+        reduction[-1:] = outer, innermost = sch.split(innermost, [None, steps])
+    if steps > 1:
+        sch.unroll(innermost)
+    if ahead:
+        sch.annotate(outer, PREFETCH_ANNOTATION, ahead)
 
 
 def tile_loops(sch: s_tir.Schedule, block: Any, axes: str) -> tuple[dict[str, list[Any]], list[Any]]:
@@ -150,13 +154,8 @@ def _schedule_store(sch: s_tir.Schedule, consumer: Any, at: Any, lanes: int) -> 
         sch.vectorize(lane)
 
 
-def _consumer_inner(sch: s_tir.Schedule, consumer: Any) -> int:
-    """Extent of the consumer's second to last axis: the rows that the tiles cover."""
-    return int(sch.get(consumer).writes[0].source.shape[-2])
-
-
 def _extent(sch: s_tir.Schedule, loop: Any) -> int:
     return int(sch.get(loop).extent)
 
 
-__all__ = ["AXES_ANNOTATION", "GemmKnobs", "default_knobs", "find_gemm_block", "schedule_gemm"]
+__all__ = ["AXES_ANNOTATION", "find_gemm_block", "schedule_gemm"]

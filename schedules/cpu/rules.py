@@ -12,7 +12,7 @@ Whatever the rule, exp and its like are written out as vector arithmetic at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import tvm
 from tvm import s_tir
@@ -23,11 +23,14 @@ from ..machine import Machine
 from .accumulate import schedule_accumulate
 from .blocked import find_copy_block, merge_unblock, schedule_blocked
 from .blocks import BlockInfo, root_blocks
+from .borders import BORDERS_ANNOTATION, cut_borders
 from .chain import find_chain_blocks
 from .elementwise import schedule_elementwise
 from .fallback import schedule_fallback
 from .gemm import find_gemm_block, schedule_gemm
 from .inline import inline_producers
+from .knobs import Knobs, changed, require_known
+from .prefetch import prefetch_panels
 from .reduction import group_of, root_reduction, schedule_group, split_off_result
 from .staged import schedule_staged
 from .sweep import find_sweeps, schedule_sweeps
@@ -36,26 +39,31 @@ from .vector_math import rewrite_math
 from .vectorize import vectorize
 
 IS_SCHEDULED = "tirx.is_scheduled"
-Knobs = Mapping[str, int | str]
 
 
 def schedule_func(func: PrimFunc, machine: Machine, knobs: Knobs | None = None) -> PrimFunc:
     """The same function, scheduled for `machine` and marked `tirx.is_scheduled`.
 
     `knobs` gives values of `knob_space` by name; what is missing takes its default, a name that this function's
-    schedule does not have is left to the others of the layer.
+    schedule does not have is left to the others of the layer. Raises ValueError for a name that no schedule has, for a
+    value that this function cannot have, and where the schedule fails with knobs that are not at their defaults.
 
     A function that carries the mark, or that is no block-level TIR, comes back unchanged but for the mark. A rule
     whose primitives refuse the function gives way to the next one.
     """
     if func.attrs and IS_SCHEDULED in func.attrs and func.attrs[IS_SCHEDULED]:
         return func
+    knobs = knobs or {}
+    require_known(knobs)
     scheduled: PrimFunc | None = func
     if func.attrs and "s_tir" in func.attrs:
         for rule in _RULES:
             try:
-                scheduled = rule(func, machine, knobs or {})
-            except ScheduleError:
+                scheduled = rule(func, machine, knobs)
+            except ScheduleError as error:
+                if asked := changed(func, machine, knobs):
+                    said = f"the schedule cannot be made with {', '.join(asked)}; leave them at their defaults"
+                    raise ValueError(said) from error
                 continue
             if scheduled is not None:
                 break
@@ -80,17 +88,20 @@ def _annotated(func: PrimFunc, machine: Machine, knobs: Knobs) -> PrimFunc | Non
     merge_unblock(sch)
     gemm, chains = find_gemm_block(sch), find_chain_blocks(sch)
     if (copy := find_copy_block(sch)) is not None:
-        return rewrite_math(schedule_blocked(sch, copy, gemm, machine))
+        return rewrite_math(schedule_blocked(sch, copy, gemm, machine, knobs))
     sweeps = find_sweeps(sch)
     for sweep in sweeps:
         schedule_sweeps(sch, sweep, machine)
     if chains:
-        schedule_staged(sch, chains, gemm, machine)
+        schedule_staged(sch, chains, gemm, machine, knobs)
     elif gemm is not None:
-        schedule_gemm(sch, gemm, machine)
+        schedule_gemm(sch, gemm, machine, knobs)
     elif not sweeps:
         return None
-    return rewrite_math(sch.mod["main"])
+    borders = gemm is not None and BORDERS_ANNOTATION in sch.get(gemm).annotations
+    scheduled = prefetch_panels(sch.mod["main"])
+    scheduled = cut_borders(scheduled) if borders else scheduled
+    return rewrite_math(scheduled)
 
 
 def _by_structure(func: PrimFunc, machine: Machine, knobs: Knobs) -> PrimFunc:

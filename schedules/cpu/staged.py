@@ -9,16 +9,57 @@ one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from tvm import s_tir
+from tvm.tirx import PrimFunc
 
 from ..machine import Machine
 from .chain import CHAIN_ANNOTATION, ONCE_ANNOTATION, place_consumer, schedule_chain
-from .gemm import AXES_ANNOTATION, tile_loops, unroll_tile
+from .gemm import block_order, tile_loops, unroll_reduction, unroll_tile
+from .gemm_knobs import REDUCTION, GemmSizes, Knobs
 
 
-def schedule_staged(sch: s_tir.Schedule, chains: list[Any], gemm: Any | None, machine: Machine) -> None:
+@dataclass(frozen=True, eq=False)
+class StagedSizes(GemmSizes):
+    """The sizes of a GEMM between chains: a row is one of its blocks, a panel holds all of a block's products.
+
+    `fused` says that a chain ahead of the GEMM is computed in its blocks: then the panels of a block follow one
+    another, and the order is not free.
+    """
+
+    fused: bool = False
+
+    @property
+    def over_tiles(self) -> bool:
+        return False
+
+    @property
+    def large_b(self) -> bool:
+        return True
+
+    @property
+    def rows(self) -> int:
+        spatial = [v for v in self.node.iter_vars if int(v.iter_type) != REDUCTION]
+        return 1 if self.fused else prod(int(v.dom.extent) for v in spatial[: self.letters.index("p")])
+
+    @property
+    def panel_bytes(self) -> int:
+        return self.operand_bytes(-1) // self.panels
+
+    @property
+    def k_unroll(self) -> int:
+        return 1
+
+
+def staged_sizes(gemm: Any, func: PrimFunc, machine: Machine, fused: bool) -> StagedSizes:
+    """The sizes of the block `gemm` of a function of chains; `fused` says that one of them is ahead of it."""
+    return StagedSizes(gemm, func, machine, serial=True, fused=fused)
+
+
+def schedule_staged(sch: s_tir.Schedule, chains: list[Any], gemm: Any | None, machine: Machine, knobs: Knobs) -> None:
     """Schedule a function whose blocks are chains, and a GEMM between them if there is one, in place."""
     alone = [c for c in chains if gemm is None or ONCE_ANNOTATION in sch.get(c).annotations]
     for block in alone:
@@ -32,10 +73,10 @@ def schedule_staged(sch: s_tir.Schedule, chains: list[Any], gemm: Any | None, ma
     assert len(behind) == 1 and len(ahead) <= 1, "a staged GEMM has one chain behind it and at most one ahead"
     (product,) = sch.get_consumers(gemm)
     (store,) = sch.get_consumers(behind[0])
-    lanes = machine.lanes(str(sch.get(gemm).writes[0].source.dtype))
+    sizes = staged_sizes(sch.get(gemm), sch.mod["main"], machine, bool(ahead))
     # 1.
     outer, vector = schedule_chain(sch, behind[0], machine, stop=product)
-    place_consumer(sch, store, vector, lanes)
+    place_consumer(sch, store, vector, sizes.lanes)
     sch.set_scope(behind[0], 0, "local")
     # 2.
     if ahead:
@@ -43,31 +84,32 @@ def schedule_staged(sch: s_tir.Schedule, chains: list[Any], gemm: Any | None, ma
         sch.parallel(at_block)
         at_panel = outer[-1]
     else:
-        sch.reorder(outer[-1], *outer[:-1])
-        at_block = at_panel = sch.fuse(outer[-1], *outer[:-1])
+        order = block_order(sch, {"o": outer[:-1], "p": outer[-1:], "t": []}, sizes, knobs)
+        sch.reorder(*order)
+        at_block = at_panel = sch.fuse(*order)
         sch.parallel(at_panel)
     # 3.
     sch.compute_at(product, at_panel, preserve_unit_loops=True)
     sch.compute_at(gemm, at_panel, preserve_unit_loops=True)
-    _schedule_product(sch, gemm, product, lanes)
+    _schedule_product(sch, gemm, product, sizes, knobs)
     for block in ahead:
         sch.compute_at(block, at_block, preserve_unit_loops=True)
         schedule_chain(sch, block, machine, at=at_block)
 
 
-def _schedule_product(sch: s_tir.Schedule, gemm: Any, product: Any, lanes: int) -> None:
+def _schedule_product(sch: s_tir.Schedule, gemm: Any, product: Any, sizes: GemmSizes, knobs: Knobs) -> None:
     """The register-tiled GEMM inside a block: tile loops, reduction, tile; its result stored vector by vector."""
-    letters = str(sch.get(gemm).annotations[AXES_ANNOTATION])
-    spatial, reduction = tile_loops(sch, gemm, letters)
+    spatial, reduction = tile_loops(sch, gemm, sizes.letters)
     sch.reorder(*spatial["o"], *spatial["p"], *spatial["t"], *reduction, *spatial["i"], *spatial["j"])
     sch.set_scope(gemm, 0, "local")
     at = spatial["t"][0]
     sch.reverse_compute_at(product, at, preserve_unit_loops=True)
-    unroll_tile(sch, spatial["i"][0], spatial["j"][0], lanes)
+    unroll_reduction(sch, reduction, sizes, knobs)
+    unroll_tile(sch, spatial["i"][0], spatial["j"][0], sizes.lanes)
     init = sch.decompose_reduction(gemm, reduction[0])
     for block in (init, product):
         i, j = sch.get_loops(block)[-2:]
-        unroll_tile(sch, i, j, lanes)
+        unroll_tile(sch, i, j, sizes.lanes)
 
 
 def _serial_loops(sch: s_tir.Schedule, block: Any, outer: list[Any]) -> list[Any]:

@@ -1,0 +1,139 @@
+"""The end of a tuning run: the best of each task and the default, in turns, alone and then inside their network.
+
+    1. alone: each task's finalists and its default, in turns, cold and warm (stage `final`)
+    2. inside: the network compiled untuned and with the first, second, third finalist of every task, in turns; what a
+       layer took in each is its word (stage `network`), and the verdict rests on it
+    3. the network as it will be compiled now against the untuned one, in turns
+
+Steps 2 and 3 need the network on this machine and time to compile it; without them the verdict rests on step 1.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GemmifyError
+from .budget import Budget
+from .inside import BURST, PROFILED, Inside, Variants
+from .layers import Network
+from .measure.job import Measured
+from .point import Point
+from .settings import FINALISTS
+from .verdict import Verdict, decide
+
+if TYPE_CHECKING:
+    from .session import Layer, Session
+
+ROUNDS = 6
+"""Turns of the finalists, alone."""
+ROUNDS_INSIDE = 7
+LEAST_BUDGET = 60.0
+"""A shorter run has no time to compile its networks several times."""
+
+
+class Finals:
+    """Runs the finals of a session; a context manager that owns the compiled networks."""
+
+    def __init__(self, session: Session, measurer: Any) -> None:
+        self.session, self.measurer = session, measurer
+        self._stack = ExitStack()
+        self._inside: dict[str, Variants] = {}
+        self.networks: list[dict[str, Any]] = []
+        """{"name", "untuned", "tuned", "ratio"} of each network that was measured as a whole: seconds, medians."""
+        self.estimate = 0.0
+        """Seconds that steps 2 and 3 will take, about."""
+
+    def prepare(self) -> None:
+        """Compile each network untuned, which every later variant is measured against, and learn how long it takes."""
+        settings = self.session.settings
+        elsewhere = settings.tracker is not None
+        if elsewhere or (settings.budget is not None and settings.budget < LEAST_BUDGET):
+            self.session.progress.note("the finals are measured layer by layer, not inside the network")
+            return
+        for net in self.session.networks:
+            self.session.progress.phase(f"compiling {net.name} untuned")
+            made = self._stack.enter_context(Variants(net, self.session.target, settings.threads))
+            made.add({})
+            self._inside[net.name] = made
+            runs = (FINALISTS + 1) * ROUNDS_INSIDE * (BURST + PROFILED + 3) + 2 * ROUNDS_INSIDE * BURST
+            latency = sum(self.session.prior(layer) for _, layer in self.session.places(net))
+            self.estimate += (FINALISTS + 1.5) * made.compile_seconds + runs * latency + 8.0
+
+    def run(self, budget: Budget) -> None:
+        """All steps, as far as the time goes; GemmifyError where a device or a process fails for good."""
+        self.session.progress.phase("finals: the best of each layer in turns")
+        ranked = {}
+        for number, layer in enumerate(self.session.layers):
+            start = time.monotonic()
+            ranked[layer.task] = self._alone(number, layer, in_time=budget.left > self.estimate)
+            budget.spent(None, time.monotonic() - start)
+        for net in self.session.networks:
+            if net.name in self._inside and any(ranked[task] for _, task in net.layers):
+                self._whole(net, self._inside[net.name], ranked)
+
+    def _alone(self, number: int, layer: Layer, in_time: bool) -> list[Point]:
+        """Step 1 for one task; its finalists, the best first (without the default)."""
+        times = [(s, p.title, p) for p, s in layer.search.results.items() if s is not None and p != layer.default]
+        points = [point for _, _, point in sorted(times, key=lambda item: item[:2])[:FINALISTS]]
+        if not points or not layer.fresh or not in_time:
+            return points
+        field = [layer.default, *points]
+        found = self.measurer.finals(layer.task, field, ROUNDS)
+        group = f"{self.session.id}-{number}"
+        for point, measured in zip(field, found, strict=True):
+            self.session.log(layer, point, measured, "final", group)
+        passed = [(median(m.cold), p.title, p) for p, m in zip(field, found, strict=True) if m.ok and p in points]
+        return [point for _, _, point in sorted(passed, key=lambda item: item[:2])]
+
+    def _whole(self, net: Network, variants: Variants, ranked: dict[Any, list[Point]]) -> None:
+        """Steps 2 and 3 for one network."""
+        progress, places = self.session.progress, list(self.session.places(net))
+        try:
+            for place in range(max(len(ranked[layer.task]) for _, layer in places)):
+                progress.phase(f"compiling {net.name} with finalist {place + 1} of each layer")
+                variants.add({n: p[min(place, len(p) - 1)] for n, layer in places if (p := ranked[layer.task])})
+            progress.phase(f"{net.name}: layers inside the network, variants in turns")
+            inside = variants.measure(ROUNDS_INSIDE)
+            self._log(net, inside, ranked)
+            progress.phase(f"{net.name}: tuned against untuned")
+            chosen = {n: v.point for n, layer in places if not (v := self.verdict(layer)).kept and v.point is not None}
+            with Variants(net, self.session.target, self.session.settings.threads) as both:
+                both.add({})
+                both.add(chosen)
+                times = both.measure(ROUNDS_INSIDE).network
+        except GemmifyError as err:
+            progress.note(f"{net.name} was not measured as a whole: {err}")
+            return
+        untuned, tuned = (median(t) for t in times)
+        self.networks.append({"name": net.name, "untuned": untuned, "tuned": tuned, "ratio": untuned / tuned})
+
+    def _log(self, net: Network, inside: Inside, ranked: dict[Any, list[Point]]) -> None:
+        """What each layer took in each variant, one record a point: the mean over the layers that are one task."""
+        names: dict[Any, list[str]] = {}
+        for name, layer in self.session.places(net):
+            names.setdefault(layer.task, []).append(name)
+        for layer in self.session.layers:
+            points = ranked[layer.task]
+            if layer.task not in names or not points:
+                continue
+            samples: dict[Point, list[float]] = {}
+            for variant, layers in enumerate(inside.layers):
+                point = layer.default if variant == 0 else points[min(variant - 1, len(points) - 1)]
+                rounds = zip(*(layers[name] for name in names[layer.task]), strict=True)
+                samples.setdefault(point, []).extend(fmean(times) for times in rounds)
+            group = f"{self.session.id}-{net.name}"
+            for point, times in samples.items():
+                self.session.log(layer, point, Measured("ok", "", (), tuple(times)), "network", group)
+
+    def verdict(self, layer: Layer) -> Verdict:
+        """What a compilation takes for this layer now."""
+        return decide(self.session.history.known.get(layer.task, ()), layer.default)
+
+    def __enter__(self) -> Finals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()

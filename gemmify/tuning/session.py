@@ -1,0 +1,317 @@
+"""The whole of a tuning run: tasks of the networks, trials while the budget lasts, finals, and what came of it.
+
+    1. the layers of all networks as tasks; what earlier runs found becomes the start of each search
+    2. batch after batch goes to the task that promises most; every trial is in the log before the next begins
+    3. finals: the best of each task and the default, in turns, alone and then inside their network
+    4. the result: what a compilation will take for every layer now
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lowering.problem import accumulator
+from schedules import Machine
+
+from ..errors import InputError
+from ..pipeline import resolve_target
+from .bound import Limits
+from .budget import Budget
+from .cost_model import CostModel, Row, require_xgboost
+from .finals import Finals
+from .folder import folder_of, this_machine, this_versions
+from .history import History
+from .layers import Network, TaskUse, gather, network
+from .line import now
+from .log import read, warn_damage
+from .measure.job import Measured
+from .point import Point
+from .progress import Progress, TaskView
+from .record import MachineId, Record
+from .result import summarize
+from .search import Search
+from .settings import BATCH, Settings
+from .space import Space
+from .task import Task
+from .use import SHIPPED
+from .writer import Writer
+
+LEAST_FINAL_SECONDS = 1.0
+"""What the finals of one task take, about."""
+
+
+def tune(
+    models: Sequence[Any],
+    *,
+    target: Any = "llvm",
+    budget: float | str | None = "15m",
+    trials: int | None = None,
+    layers: Sequence[str] = (),
+    lowerings: Sequence[str] | None = None,
+    logs: str | PathLike[str] = "tuning_logs",
+    from_nothing: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    max_workspace: int | str | None = None,
+    max_error: float | str | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    tracker: str | None = None,
+    key: str | None = None,
+    workers: int | None = None,
+    bundle: str | PathLike[str] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Tune the layers of `models`; see `gemmify.tune` for the arguments.
+
+    Returns {"layers": a row a task, "networks", "machine", "versions", "trials", "seconds", "logs", "summary"}, ready
+    for JSON. A KeyboardInterrupt ends it cleanly and is raised again: what was measured is in the log.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("models", "quiet")}
+    settings = Settings.checked(**given)
+    require_xgboost()
+    begun = time.monotonic()
+    with Progress(quiet) as progress:
+        session = Session(models, settings, progress, begun)
+        if settings.bundle is not None:
+            return session.pack()
+        return session.run()
+
+
+@dataclass
+class Layer:
+    """A task of this run: where it occurs, its search, its log file."""
+
+    use: TaskUse
+    search: Search
+    default: Point
+    file: Path
+    fresh: int = 0
+    """Trials of this run."""
+
+    @property
+    def task(self) -> Task:
+        return self.use.task
+
+
+class Session:
+    """One tuning run; `begun` is the time (monotonic) from which its budget counts."""
+
+    def __init__(self, models: Sequence[Any], settings: Settings, progress: Progress, begun: float) -> None:
+        if not models:
+            raise InputError("give at least one model to tune")
+        self.settings, self.progress, self.begun = settings, progress, begun
+        self.target = resolve_target(settings.target)
+        self.machine = Machine.from_target(self.target)
+        self.id = secrets.token_hex(4)
+        self.versions = this_versions()
+        self.networks = [network(m, settings.shapes, self.machine, settings.layers) for m in models]
+        self.uses = gather(self.networks)
+        self.where: MachineId = this_machine(self.target, settings.threads)
+        self.history = self._history()
+        self.model = CostModel(self.machine, settings.seed)
+        self.limits = self._limits()
+        self._learn()
+        self.layers = [self._layer(use) for use in self.uses]
+
+    # --- 1 ---
+
+    def _history(self) -> History:
+        if self.settings.from_nothing:
+            return History()
+        loaded = read(self.settings.logs)
+        warn_damage(loaded)
+        records = list(loaded.records)
+        if SHIPPED.resolve() != self.settings.logs.resolve():
+            records += read(SHIPPED / folder_of(self.where)).records
+        history = History.of(dict.fromkeys(records), self.where, self.versions)
+        for why, count in history.left_out.items():
+            self.progress.note(f"{count} records left out: {why}")
+        return history
+
+    def _learn(self) -> None:
+        """Let the cost model know what the log says of other layers; its own each search tells it."""
+        own = {use.task for use in self.uses}
+        for task, records in self.history.known.items():
+            if task not in own:
+                self.model.add(Row(task, r.point, median(r.cold) if r.ok else None) for r in records if _counts(r))
+
+    def _limits(self) -> Limits | None:
+        """The machine's limits where the code runs here; elsewhere nothing is known of them."""
+        if self.settings.tracker is not None or self.settings.bundle is not None:
+            return None
+        dtype = accumulator(self.uses[0].task.problem.dtype)
+        return Limits.measure(self.settings.threads, dtype, self.target)
+
+    def _layer(self, use: TaskUse) -> Layer:
+        settings = self.settings
+        space = Space(use.task, self.machine, settings.lowerings, settings.max_workspace, settings.max_error)
+        search = Search(space, settings.seed, model=self.model, limits=self.limits)
+        for record in self.history.known.get(use.task, ()):
+            if _counts(record):
+                search.observe(record.point, median(record.cold) if record.ok and record.cold else None)
+        folder = settings.logs / folder_of(self.where)
+        return Layer(use, search, space.default(), folder / f"{_file_name(use.places[0][0])}.jsonl")
+
+    # --- 2 ---
+
+    def run(self) -> dict[str, Any]:
+        """Trials, finals and the result."""
+        self.progress.start(
+            [self._view(layer) for layer in self.layers],
+            self.settings.budget,
+            self.limits.flops_per_s if self.limits else None,
+            began=self.begun,
+        )
+        with ExitStack() as stack:
+            measurer = stack.enter_context(self._measurer())
+            finals = stack.enter_context(Finals(self, measurer))
+            finals.prepare()
+            budget = Budget(
+                [layer.use.count for layer in self.layers],
+                self.settings.budget,
+                bounds=[layer.search.bound for layer in self.layers],
+                priors=[self.prior(layer) for layer in self.layers],
+                trials=self.settings.trials,
+                finals=LEAST_FINAL_SECONDS + finals.estimate / len(self.layers),
+            )
+            budget.spent(None, time.monotonic() - self.begun)
+            self.progress.phase("trials")
+            self._trials(budget, measurer)
+            finals.run(budget)
+            return summarize(self, finals)
+
+    def _trials(self, budget: Budget, measurer: Any) -> None:
+        while (index := budget.next()) is not None:
+            layer, start = self.layers[index], time.monotonic()
+            if (why := layer.search.converged) is not None:
+                budget.stop(index, why)
+                self.progress.stopped(index, why)
+                continue
+            if not layer.fresh:
+                # Asked for now, not before: the layers that had their turn in this run have something to say.
+                layer.search.suggest(self.history.seeds_for(layer.task))
+            left = budget.trials_left(index)
+            points = layer.search.propose(BATCH if left is None else min(BATCH, left))
+            if points:
+                self._batch(index, points, measurer)
+            elif layer.search.converged is None:
+                budget.stop(index, "nothing is left to try")
+                self.progress.stopped(index, "nothing is left to try")
+            best = layer.search.best
+            budget.spent(index, time.monotonic() - start, len(points))
+            budget.observe(index, None if best is None else best[1])
+
+    def _batch(self, index: int, points: Sequence[Point], measurer: Any) -> None:
+        """Measure `points`; each is in the log as soon as it is known."""
+        layer = self.layers[index]
+        best = layer.search.best
+        for at, found in measurer.measure(layer.task, points, give_up=best[1] if best else None):
+            point = points[at]
+            self.log(layer, point, found)
+            seconds = median(found.cold) if found.ok else None
+            layer.fresh += 1
+            before = layer.search.best
+            if found.outcome == "lost":
+                layer.search.lost(point)
+            else:
+                layer.search.observe(point, seconds)
+            if point == layer.default and seconds is not None:
+                self.progress.default(index, seconds)
+            self.progress.trial(index, found.outcome, seconds, point.title)
+            after = layer.search.best
+            if after is not None and after != before:
+                self.progress.best(index, after[1], after[0].lowering)
+
+    def log(self, layer: Layer, point: Point, found: Measured, stage: str = "trial", group: str = "") -> Record:
+        """Append what was measured to the layer's log; only then it counts."""
+        record = Record(
+            layer.task,
+            point,
+            self.where,
+            self.versions,
+            found.outcome,
+            found.why,
+            found.warm,
+            found.cold,
+            found.error,
+            stage,
+            group,
+            now(),
+            self.id,
+        )
+        with Writer(layer.file) as writer:
+            writer.append(record)
+        self.history.add(record)
+        return record
+
+    # --- what it needs ---
+
+    def _measurer(self) -> Any:
+        settings = self.settings
+        if settings.tracker is not None:
+            from .measure.remote import RemoteMeasurer
+
+            return RemoteMeasurer(
+                self.target,
+                settings.threads,
+                tracker=settings.tracker,
+                key=str(settings.key),
+                workers=settings.workers,
+                seed=settings.seed,
+            )
+        from .measure.local import LocalMeasurer
+
+        return LocalMeasurer(self.target, settings.threads, seed=settings.seed)
+
+    def prior(self, layer: Layer) -> float:
+        """A guess of a layer's time where none was measured: modelled cycles at a common clock."""
+        if layer.search.best is not None:
+            return layer.search.best[1]
+        return layer.search.space.cycles[layer.default.lowering] / 3e9
+
+    def _view(self, layer: Layer) -> TaskView:
+        known = layer.search.results.get(layer.default)
+        return TaskView(layer.task.title, layer.use.count, layer.search.bound, known, layer.task.problem.macs)
+
+    def pack(self) -> dict[str, Any]:
+        """Write the bundle of candidates for a machine that cannot be reached."""
+        from .measure.bundle import write_bundle
+
+        count = self.settings.trials or 32
+        points = {layer.task: layer.search.propose(count) for layer in self.layers}
+        assert self.settings.bundle is not None
+        path = write_bundle(
+            self.settings.bundle,
+            [layer.task for layer in self.layers],
+            points,
+            self.target,
+            self.settings.threads,
+            self.settings.seed,
+        )
+        candidates = sum(len(found) for found in points.values())
+        made = {"path": str(path), "bytes": Path(path).stat().st_size, "candidates": candidates}
+        return {"bundle": made, "logs": str(self.settings.logs), "summary": []}
+
+    def places(self, net: Network) -> Iterator[tuple[str, Layer]]:
+        """(layer name, layer) of the layers of `net` that are tuned."""
+        by_task = {layer.task: layer for layer in self.layers}
+        for name, task in net.layers:
+            yield name, by_task[task]
+
+
+def _counts(record: Record) -> bool:
+    """Whether a record's time can stand beside trials: what a layer took inside a network cannot."""
+    return record.outcome != "lost" and record.stage != "network" and (not record.ok or bool(record.cold))
+
+
+def _file_name(model: str) -> str:
+    """A model's name as that of a file."""
+    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in model).lstrip(".") or "model"

@@ -1,0 +1,104 @@
+"""What a tuning run is asked for, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..durations import parse_duration
+from ..errors import InputError
+from ..export import check_destination
+from ..policy import make_policy
+from ..threads import check_threads, default_threads
+
+BATCH = 8
+"""Candidates that are built together and then measured one after the other."""
+FINALISTS = 3
+"""Points of a task that are measured in turns with the default at the end."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `tuning.session.tune`, in one type each; see there."""
+
+    target: Any
+    budget: float | None
+    trials: int | None
+    layers: tuple[str, ...]
+    lowerings: tuple[str, ...] | None
+    logs: Path
+    from_nothing: bool
+    seed: int
+    threads: int
+    max_workspace: int | None
+    max_error: float | None
+    shapes: Mapping[str, Sequence[int]] | None
+    tracker: str | None
+    key: str | None
+    workers: int
+    bundle: Path | None
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        target: Any,
+        budget: float | str | None,
+        trials: int | None,
+        layers: Sequence[str],
+        lowerings: Sequence[str] | None,
+        logs: str | PathLike[str],
+        from_nothing: bool,
+        seed: int,
+        threads: int | None,
+        max_workspace: int | str | None,
+        max_error: float | str | None,
+        shapes: Mapping[str, Sequence[int]] | None,
+        tracker: str | None,
+        key: str | None,
+        workers: int | None,
+        bundle: str | PathLike[str] | None,
+    ) -> Settings:
+        """InputError for a value that makes no sense, or two that contradict."""
+        seconds = None if budget is None else parse_duration(budget)
+        if trials is not None and (isinstance(trials, bool) or not isinstance(trials, int) or trials < 1):
+            raise InputError(f"trials must be a whole number of at least 1, got {trials!r}")
+        if seconds is None and trials is None:
+            raise InputError("tuning needs an end: give a budget (20m) or a number of trials a layer")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise InputError(f"the seed must be a whole number of at least 0, got {seed!r}")
+        if isinstance(layers, str) or isinstance(lowerings, str):
+            raise InputError("layers and lowerings are lists of names")
+        if (tracker is None) != (key is None):
+            raise InputError("a tracker and the key of its devices belong together: give --tracker HOST:PORT --key KEY")
+        if workers is not None and tracker is None:
+            raise InputError("workers count the devices of a tracker: give --tracker HOST:PORT --key KEY as well")
+        if bundle is not None and tracker is not None:
+            raise InputError("a bundle is measured elsewhere and a tracker now: give one of the two")
+        policy = make_policy("auto", False, max_workspace, max_error)
+        elsewhere = tracker is not None or bundle is not None
+        count = default_threads() if threads is None else threads if elsewhere else check_threads(threads)
+        folder = Path(logs)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"the logs must be a folder, and {folder} is a file")
+        return cls(
+            target,
+            seconds,
+            trials,
+            tuple(layers),
+            None if lowerings is None else tuple(lowerings),
+            folder,
+            from_nothing,
+            seed,
+            count,
+            policy.max_workspace,
+            policy.max_error,
+            shapes,
+            tracker,
+            key,
+            workers or 1,
+            None if bundle is None else check_destination(bundle),
+        )
