@@ -253,13 +253,13 @@ def test_target_and_threads_are_checked() -> None:
         LocalMeasurer("llvm", 0)
 
 
-def test_tasks_are_dropped_for_room(tmp_path: Path) -> None:
+def test_tasks_are_dropped_for_room() -> None:
     with LocalMeasurer("llvm", THREADS) as measurer:
         measurer.prepare(TASK)
-        first = measurer._tasks[TASK]
-        measurer._room = 1
+        (first,) = measurer._folder.glob("task*")
+        measurer._arrays.room = 1
         measurer.prepare(Task(conv2d(4, 5, 5, 4, 3)))
-        assert not first.exists() and TASK not in measurer._tasks
+        assert not first.exists() and len(list(measurer._folder.glob("task*"))) == 1
         assert outcomes(measurer, [GOOD])[0].ok
 
 

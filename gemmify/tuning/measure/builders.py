@@ -50,7 +50,7 @@ class Builders:
         """End everything that is under way."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for helper in self._helpers:
-            helper.kill()
+            helper.close()
 
     def _build(self, task: Task, point: Point, path: str) -> Built:
         helper, begun = self._free.get(), time.monotonic()

@@ -32,7 +32,7 @@ from schedules import Machine
 
 from ...conformance import Expected, tolerance
 from ...errors import GemmifyError, GemmifyWarning
-from ...export import write_file
+from ...export import check_destination, find_linker, write_file
 from ...host import arch_of
 from ...kernels import operand_shape
 from ...manifest import required_cpu_features, target_triple
@@ -78,7 +78,9 @@ def write_bundle(
     with it. A point that cannot be built is left out, with one GemmifyWarning for all. Raises InputError for a place
     that cannot be written or a target that cannot be read, GemmifyError where nothing can be built.
     """
+    check_destination(path)
     resolved = resolve_target(target)
+    find_linker(target_triple(resolved))  # better said once than of every candidate
     with tempfile.TemporaryDirectory(prefix="gemmify-bundle-") as made:
         folder = Path(made)
         for name in ("libraries", "expected"):

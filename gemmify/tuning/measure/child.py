@@ -102,17 +102,17 @@ def _subject(candidate: Candidate, prepared: Prepared) -> sampling.Subject:
 
 
 def _failed(outcome: str, error: Exception) -> Reply:
-    """An exception as a reply: its type and the first line of its text that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    why = f"{type(error).__name__}: {lines[-1] if lines else 'no text'}"[:300]
+    """An exception as a reply: its type and its text in one line."""
+    why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no text'}"[:300]
     if isinstance(error, MemoryError) or about_memory(str(error)):
         outcome = "memory"
     return Reply("failed", {"outcome": outcome, "why": why, "error": None})
 
 
 def _limit_memory(extra: int) -> None:
-    """Let this process allocate `extra` bytes beyond what it was forked with."""
+    """Let this process allocate `extra` bytes beyond what it was forked with, and write no larger file."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         data = next((int(line.split()[1]) for line in file if line.startswith("VmData:")), 0)
     limit = (data << 10) + extra
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (extra, extra))

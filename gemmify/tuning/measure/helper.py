@@ -1,6 +1,6 @@
 """A process of our own that does one piece of work after another, and that may die or hang without harm.
 
-    python -c "..." -> main(requests, answers, life)
+    python -c "..." -> main(requests, answers, life, folder)
 
 The parent sends (function as "module:name", arguments) and waits for what comes back, for a limited time. When the
 parent is gone, however it went, the helper ends by itself.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 import lowering
 
-_START = "from gemmify.tuning.measure.helper import main; import sys; main(*map(int, sys.argv[1:]))"
+_START = "from gemmify.tuning.measure.helper import main; import sys; main(*map(int, sys.argv[1:4]), sys.argv[4])"
 _LONGEST = 600  # characters of an exception's message
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(lowering.__file__)))
 
@@ -44,11 +45,16 @@ class HelperError(Exception):
 
 
 class Helper:
-    """One such process. It is started by the first call and again after it died. Calls must come from one thread."""
+    """One such process. It is started by the first call and again after it died. Calls must come from one thread.
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
+    Where the parent is killed the process removes `folder` at its end: nobody else does.
+    """
+
+    def __init__(self, environment: dict[str, str] | None = None, folder: str = "") -> None:
+        self._folder = folder
         self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def call(
         self, function: str, *arguments: Any, limit: float, news: Callable[[Any], float | None] | None = None
@@ -56,6 +62,8 @@ class Helper:
         """The value of `function(tell, *arguments)` there. `limit` is in seconds; the function may `tell` news of its
         work, on which `news` answers a new limit from now on, or None to leave it. Raises HelperDied, HelperTimeout,
         HelperError."""
+        if self._closed:
+            raise HelperDied("it was closed")
         if not self.alive:
             self._start()
         end = time.monotonic() + limit
@@ -98,6 +106,11 @@ class Helper:
                 connection.close()
         os.close(self._life)
 
+    def close(self) -> None:
+        """End the process for good; a call that is under way, or comes later, raises HelperDied."""
+        self._closed = True
+        self.kill()
+
     def _how(self) -> str:
         status = None
         if self._process is not None:
@@ -117,7 +130,7 @@ class Helper:
         theirs = (their_requests, their_answers, their_life)
         path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, theirs)],
+            [sys.executable, "-c", _START, *map(str, theirs), self._folder],
             pass_fds=theirs,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -137,12 +150,14 @@ def ready(_tell: Any) -> None:
     del device, library
 
 
-def main(requests: int, answers: int, life: int) -> None:
+def main(requests: int, answers: int, life: int, folder: str) -> None:
     """Serve until the requests end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone decides
 
     def watch() -> None:
         os.read(life, 1)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

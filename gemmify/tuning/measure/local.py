@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,17 +24,14 @@ from ...threads import check_threads, most_threads
 from ..point import Point
 from ..task import Task
 from . import sampling
+from .arrays import TaskArrays, private_folder
 from .flush import FLUSH_BYTES
-from .job import Job, Measured, Reply, about_memory
+from .job import Job, Measured, Reply
 from .processes import Child, Ended, Processes, ServerEnded
 from .server import Config
 
-PREPARE_LIMIT = 120.0
-"""Seconds for the arrays of a task and their float64 result."""
 AT_ONCE = 16
 """Candidates that are built and wait for their turn, at most."""
-_ROOM_SHARE = 0.25  # of the free space: what the arrays of all tasks together may take
-_SCRATCH_BYTES = 1 << 30
 
 
 @dataclass
@@ -87,13 +82,11 @@ class LocalMeasurer:
     ) -> None:
         resolved = resolve_target(target)
         _require_host(Machine.from_target(resolved))
-        self.target, self.threads, self.seed = resolved, check_threads(threads), seed
+        self.target, self.threads = resolved, check_threads(threads)
         self._limits = build_limit, run_limit
         self._memory = memory_limit or psutil.virtual_memory().available // 2
-        self._folder = Path(tempfile.mkdtemp(prefix="gemmify-", dir=_scratch()))
-        self._room = int(_ROOM_SHARE * shutil.disk_usage(self._folder).free)
-        self._tasks: dict[Task, Path] = {}  # the one used last stands last
-        self._count = 0
+        self._folder = private_folder()
+        self._arrays = TaskArrays(self._folder, seed)
         self._live: list[_Trial] = []
         self._builders = min(AT_ONCE, most_threads())
         self._config = Config(str(resolved), threads, flush_bytes, str(self._folder))
@@ -116,50 +109,9 @@ class LocalMeasurer:
         self._processes.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    # --- the arrays of a task ------------------------------------------------------------------------------------
-
     def prepare(self, task: Task) -> None:
         """Make the task's random arrays and their float64 result, once. GemmifyError where that fails."""
-        self._arrays(task)
-
-    def _arrays(self, task: Task) -> Path:
-        if task in self._tasks:
-            self._tasks[task] = self._tasks.pop(task)
-            return self._tasks[task]
-        self._make_room()
-        self._count += 1
-        folder = self._folder / f"task{self._count}"
-        folder.mkdir()
-        try:
-            self._fill(task, folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._tasks[task] = folder
-        return folder
-
-    def _fill(self, task: Task, folder: Path) -> None:
-        job = Job(task, str(folder), psutil.virtual_memory().available, self.seed)
-        child = self._processes.fork(cloudpickle.dumps(job))
-        try:
-            said = self._processes.wait([child], time.monotonic() + PREPARE_LIMIT)
-        finally:
-            self._processes.end([child])
-        reply = said[0][1] if said else None
-        if reply is None:
-            why = f"it took more than {PREPARE_LIMIT:g} s"
-        elif isinstance(reply, Ended):
-            why = _ending(reply, "making them")[1]
-        elif reply.what == "failed":
-            why = reply.values["why"]
-        else:
-            return
-        raise GemmifyError(f"the layer {task.title} cannot be measured: its arrays and reference were not made: {why}")
-
-    def _make_room(self) -> None:
-        """Forget the tasks that were used longest ago while all of them take more than their share of the space."""
-        while self._tasks and _bytes_of(self._folder) > self._room:
-            shutil.rmtree(self._tasks.pop(next(iter(self._tasks))), ignore_errors=True)
+        self._arrays.of(task, self._processes)
 
     # --- trials ----------------------------------------------------------------------------------------------------
 
@@ -192,7 +144,6 @@ class LocalMeasurer:
         self._processes.close()
         self._live = []
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        self._tasks = {task: folder for task, folder in self._tasks.items() if folder.exists()}
         self._processes = Processes(self._config)
 
     def _batch(self, task: Task, points: dict[int, Point], give_up: float | None) -> Iterator[tuple[int, Measured]]:
@@ -256,7 +207,7 @@ class LocalMeasurer:
 
     def _build(self, task: Task, points: dict[int, Point]) -> Iterator[_Trial]:
         """The candidates in the order in which they are built, or have failed to be."""
-        folder, left, building = self._arrays(task), list(points.items()), list[_Trial]()
+        folder, left, building = self._arrays.of(task, self._processes), list(points.items()), list[_Trial]()
         while left or building:
             while left and len(building) < self._builders:
                 trial = self._start(task, folder, *left.pop(0))
@@ -319,7 +270,7 @@ class LocalMeasurer:
         if reply is None:
             trial.fail("timeout", f"{phase} took more than {limit:g} s")
         elif isinstance(reply, Ended):
-            trial.fail(*_ending(reply, phase))
+            trial.fail(*reply.judged(phase))
         else:
             trial.fail(reply.values["outcome"], reply.values["why"], reply.values["error"])
         self._drop(trial)
@@ -331,29 +282,6 @@ class LocalMeasurer:
         for trial in trials:
             trial.child = None
         self._live = [trial for trial in self._live if trial.child is not None]
-
-
-def _ending(ended: Ended, phase: str) -> tuple[str, str]:
-    """(outcome, reason) of a process that ended without a reply."""
-    said = f": {ended.said}" if ended.said else ""
-    if about_memory(ended.said):
-        return "memory", f"ended while {phase}{said}"
-    if ended.signal == "SIGKILL":  # not by us: we hear nothing of those
-        return "memory", f"killed by the system while {phase} (SIGKILL), as it does where memory is short{said}"
-    if ended.signal:
-        return "crash", f"{ended.signal} while {phase}{said}"
-    return "crash", f"its process left with exit status {ended.status} while {phase}{said}"
-
-
-def _scratch() -> str:
-    """A folder in memory where there is one with room, else the one for temporary files."""
-    shared = Path("/dev/shm")
-    roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= _SCRATCH_BYTES
-    return str(shared) if roomy else tempfile.gettempdir()
-
-
-def _bytes_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.npy"))
 
 
 def _require_host(machine: Machine) -> None:

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from ...errors import GemmifyError
-from .job import Reply
+from .job import Reply, about_memory
 from .server import Config
 
 START_SECONDS = 120.0
@@ -39,6 +39,17 @@ class Ended:
     signal: str
     status: int
     said: str
+
+    def judged(self, phase: str) -> tuple[str, str]:
+        """(outcome, reason) of a child that ended without a reply while it was `phase`."""
+        said = f": {self.said}" if self.said else ""
+        if about_memory(self.said):
+            return "memory", f"ended while {phase}{said}"
+        if self.signal == "SIGKILL":  # not by us: we hear nothing of those
+            return "memory", f"killed by the system while {phase} (SIGKILL), as it does where memory is short{said}"
+        if self.signal:
+            return "crash", f"{self.signal} while {phase}{said}"
+        return "crash", f"its process left with exit status {self.status} while {phase}{said}"
 
 
 class Child:

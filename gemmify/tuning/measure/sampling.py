@@ -14,17 +14,19 @@ _FEW = 2  # samples after which a candidate that is far too slow is given up
 
 @dataclass(frozen=True)
 class Amount:
-    """At most `cold` and `warm` samples; from `least` on only while the seconds `budget` of each kind last."""
+    """At most `cold` and `warm` samples; from `least` on only while the seconds `budget` of each kind last. `drop` cold
+    ones come first and do not count: after a pause threads and clocks have to get going."""
 
     cold: int = 10
-    warm: int = 30
+    warm: int = 20
     least: int = 5
-    cold_budget: float = 0.12
-    warm_budget: float = 0.04
+    cold_budget: float = 0.07
+    warm_budget: float = 0.02
+    drop: int = 0
 
 
 TRIAL = Amount()
-TURN = Amount(cold=4, warm=4, least=2)
+TURN = Amount(cold=4, warm=4, least=2, drop=1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ def sample(
     seconds. No sample is begun after `limit` seconds, the first of each kind excepted.
     """
     end = time.monotonic() + limit
+    for _ in range(amount.drop):
+        subject.cool()
+        subject.call()
     cold = _cold(subject, amount, end, give_up)
     if _hopeless(cold, give_up):
         return (_timed(subject.call, 1),), cold

@@ -54,7 +54,7 @@ def main(descriptor: int) -> None:
         control.send(f"failed {type(error).__name__}: {error}".encode()[:4000])
         return
     gc.collect()
-    gc.freeze()  # a child's collector must not touch, and so copy, what it was forked with
+    gc.disable()  # a child lives too briefly to collect, and must not touch, and so copy, what it was forked with
     control.send(b"ready")
     server = _Server(control, config, prepared, parent)
     try:

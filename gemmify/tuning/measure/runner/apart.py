@@ -31,7 +31,7 @@ def apart(work: Callable[[], Any], limit: float) -> tuple[str, Any]:
         finally:
             os._exit(status)
     os.close(send)
-    received, end = b"", time.monotonic() + limit
+    received, end = bytearray(), time.monotonic() + limit
     try:
         with os.fdopen(receive, "rb") as file:
             while select.select([file], [], [], max(0.0, end - time.monotonic()))[0]:
@@ -51,4 +51,5 @@ def apart(work: Callable[[], Any], limit: float) -> tuple[str, Any]:
     except (EOFError, pickle.UnpicklingError):
         number = os.WTERMSIG(status)
         why = signal.Signals(number).name if number else f"exit status {os.WEXITSTATUS(status)}"
-        return "crash", "its process was ended by " + why
+        hint = " (perhaps for want of memory)" if number == signal.SIGKILL else ""
+        return "crash", f"its process was ended by {why}{hint}"
