@@ -36,6 +36,9 @@ def logs_options(logs: argparse.ArgumentParser, parser_class: type[argparse.Argu
     merge.add_argument(
         "-o", "--output", required=True, metavar="FILE.jsonl", help="may be one of the logs that it reads"
     )
+    merge.add_argument(
+        "--top", type=int, metavar="N", help="of each task's trials keep the first and the N fastest, and all finals"
+    )
 
     import_ = action("import", "add what a bundle measured on another machine")
     import_.add_argument("results", metavar="results.jsonl", help="what run.py of the bundle wrote")

@@ -224,3 +224,20 @@ def test_repairs_and_merges_beside_writers_lose_nothing(tmp_path: Path) -> None:
     wanted = {record(i) for i in (*range(150), *range(1000, 1150), *range(2000, 2020))}
     assert set(loaded.records) == wanted and len(loaded.records) == len(wanted)
     assert (tmp_path / "a.jsonl.damaged").read_bytes().count(b"garbage") == 20
+
+
+def test_merge_top_keeps_finals_the_first_and_the_fastest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, out = tmp_path / "a.jsonl", tmp_path / "c.jsonl"
+    speed = {0: 9e-3, 3: 3e-3, 6: 1e-3, 12: 2e-3, 15: 8e-3}  # all of the first task; number 0 is its first trial
+    trials = [
+        replace(record(i), outcome="ok", cold=(s, s), when=f"2026-11-21T10:00:{i:02d}Z") for i, s in speed.items()
+    ]
+    final = replace(record(18), outcome="ok", cold=(7e-3,), stage="final", group="g", when="2026-11-21T10:00:18Z")
+    failed = replace(record(9), outcome="crash", cold=(), warm=(), when="2026-11-21T10:00:09Z")
+    other = replace(record(1), when="2026-11-21T10:00:01Z")
+    a.write_bytes(b"".join(line.encode(r) for r in [*trials, final, failed, other]))
+    found = as_json(capsys, "merge", a, "-o", out, "--top", "2")
+    assert (found["records"], found["thinned"]) == (5, 3)
+    kept = log.read(out).records
+    assert [r.when[17:19] for r in kept] == ["00", "01", "06", "12", "18"]
+    assert call(capsys, "merge", a, "-o", tmp_path / "d.jsonl", "--top", "-1")[0] == 2

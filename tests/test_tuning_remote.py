@@ -133,6 +133,7 @@ def test_finals_are_taken_in_turns_on_one_device(tracker: Farm) -> None:
     assert "divides" in wrong.why
 
 
+@pytest.mark.slow
 def test_what_candidates_do_to_a_device_is_told_apart(tracker: Farm, tmp_path: Path) -> None:
     """A wrong result, a hang and a crash, each by a lowering of its own; the devices outlive the first two."""
     tracker.add("bad")

@@ -192,19 +192,22 @@ def _seconds(value: Any) -> str:
     return "" if value is None else report.duration(value)
 
 
-def _merge(paths: Sequence[str], output: str) -> dict[str, Any]:
+def _merge(paths: Sequence[str], output: str, top: int | None = None) -> dict[str, Any]:
     from ..tuning.merge import merge
 
+    if top is not None and top < 0:
+        raise InputError(f"--top keeps a number of trials a task, 0 or more, got {top}")
     files = _files(paths)
     here = check_destination(output)
     if here.exists() and here.resolve() not in {file.resolve() for file in files}:
         raise InputError(f"{output} exists and is not among the logs to merge; name it too, or take another place")
-    done = merge(files, output)
+    done = merge(files, output, top)
     return {
         "output": str(done.path),
         "sources": [str(file) for file in files],
         "records": done.records,
         "duplicates": done.duplicates,
+        "thinned": done.thinned,
         "damaged": [_place(place) for place in done.damaged],
         "moved_to": None if done.moved_to is None else str(done.moved_to),
     }
@@ -214,6 +217,7 @@ def _show_merge(result: dict[str, Any]) -> None:
     print(
         f"wrote {result['output']}: {result['records']} records of {len(result['sources'])} files, "
         f"{result['duplicates']} duplicates dropped"
+        + (f", {result['thinned']} slower trials left out" if result["thinned"] else "")
     )
     if result["moved_to"]:
         print(f"{len(result['damaged'])} damaged texts set aside in {result['moved_to']}")

@@ -37,8 +37,8 @@ LEAST_BUDGET = 60.0
 class Finals:
     """Runs the finals of a session; a context manager that owns the compiled networks."""
 
-    def __init__(self, session: Session, measurer: Any) -> None:
-        self.session, self.measurer = session, measurer
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self._stack = ExitStack()
         self._inside: dict[str, Variants] = {}
         self.networks: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ class Finals:
             return
         for net in self.session.networks:
             self.session.progress.phase(f"compiling {net.name} untuned")
-            made = self._stack.enter_context(Variants(net, self.session.target, settings.threads))
+            made = self._stack.enter_context(Variants(net, self.session.target, self.session.threads))
             made.add({})
             self._inside[net.name] = made
             runs = (FINALISTS + 1) * ROUNDS_INSIDE * (BURST + PROFILED + 3) + 2 * ROUNDS_INSIDE * BURST
@@ -81,7 +81,7 @@ class Finals:
         if not points or not layer.fresh or not in_time:
             return points
         field = [layer.default, *points]
-        found = self.measurer.finals(layer.task, field, ROUNDS)
+        found = self.session.measurer.finals(layer.task, field, ROUNDS)
         group = f"{self.session.id}-{number}"
         for point, measured in zip(field, found, strict=True):
             self.session.log(layer, point, measured, "final", group)
@@ -100,7 +100,7 @@ class Finals:
             self._log(net, inside, ranked)
             progress.phase(f"{net.name}: tuned against untuned")
             chosen = {n: v.point for n, layer in places if not (v := self.verdict(layer)).kept and v.point is not None}
-            with Variants(net, self.session.target, self.session.settings.threads) as both:
+            with Variants(net, self.session.target, self.session.threads) as both:
                 both.add({})
                 both.add(chosen)
                 times = both.measure(ROUNDS_INSIDE).network

@@ -44,7 +44,7 @@ class Inside:
 
 
 class Variants:
-    """Variants of one network, compiled as they are added and timed together; a context manager that owns their files."""
+    """Variants of one network, compiled as they are added, timed together; a context manager that owns their files."""
 
     def __init__(self, net: Network, target: Any, threads: int) -> None:
         self.net, self.target, self.threads = net, target, threads

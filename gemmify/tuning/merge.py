@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import IO, TypeVar
 
 from ..errors import GemmifyError
@@ -15,8 +16,9 @@ from ..export import check_destination, write_file
 from .line import moment
 from .locks import append, held, open_log, read_fd
 from .log import Damage, damage, pieces
-from .record import Record
+from .record import MachineId, Record, Versions
 from .scan import Piece, scan
+from .task import Task
 
 _T = TypeVar("_T")
 
@@ -33,11 +35,13 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote: records, how many it dropped because they were there already, and the damage set aside."""
+    """What a merge wrote: records, how many it dropped because they were there already and how many because they were
+    not among the fastest, and the damage set aside."""
 
     path: Path
     records: int
     duplicates: int
+    thinned: int
     damaged: list[Damage]
     moved_to: Path | None
 
@@ -62,10 +66,24 @@ def repair(path: str | os.PathLike[str]) -> Repaired:
     return _locked(place, work)
 
 
-def merge(sources: Sequence[Path], output: str | os.PathLike[str]) -> Merged:
-    """Write every record of the log files `sources` once to `output`, in the order of their times; damaged texts go to
-    `output`.damaged. `output` may be one of the sources. Raises GemmifyError where a source cannot be read or a file
-    cannot be written; `output` is then as it was."""
+def thinned(records: Sequence[Record], top: int) -> list[Record]:
+    """The records that a compilation and the next tuning run need, in their order: all that were measured in turns,
+    and for each task and machine its first trial (the default) and its `top` fastest; slow and failed trials go."""
+    trials: dict[tuple[Task, MachineId, Versions], list[Record]] = {}
+    for record in records:
+        if record.stage == "trial":
+            trials.setdefault((record.task, record.machine, record.versions), []).append(record)
+    kept = {id(record) for record in records if record.stage != "trial"}
+    for group in trials.values():
+        fast = sorted((r for r in group if r.ok and r.cold), key=lambda r: (median(r.cold), r.point.title))
+        kept |= {id(record) for record in [group[0], *fast[:top]]}
+    return [record for record in records if id(record) in kept]
+
+
+def merge(sources: Sequence[Path], output: str | os.PathLike[str], top: int | None = None) -> Merged:
+    """Write every record of the log files `sources` once to `output`, in the order of their times (with `top` only
+    those of `thinned`); damaged texts go to `output`.damaged. `output` may be one of the sources. Raises GemmifyError
+    where a source cannot be read or a file cannot be written; `output` is then as it was."""
     place = check_destination(os.path.realpath(output))
 
     def work(fd: int) -> Merged:
@@ -84,9 +102,12 @@ def merge(sources: Sequence[Path], output: str | os.PathLike[str]) -> Merged:
         if unread is not None:
             raise GemmifyError(f"{unread}; a merge needs all its logs: leave this one out or make it readable")
         records = sorted(seen, key=lambda record: moment(record.when))
+        unique = len(records)
+        if top is not None:
+            records = thinned(records, top)
         aside = _set_aside(place, bad) if bad else None
         _replace(place, [_line(seen[record]) for record in records], fd)
-        return Merged(Path(output), len(records), count - len(records), broken, aside)
+        return Merged(Path(output), len(records), count - unique, unique - len(records), broken, aside)
 
     fresh = not place.exists()
     try:

@@ -1,9 +1,9 @@
 """The whole of a tuning run: tasks of the networks, trials while the budget lasts, finals, and what came of it.
 
-    1. the layers of all networks as tasks; what earlier runs found becomes the start of each search
-    2. batch after batch goes to the task that promises most; every trial is in the log before the next begins
-    3. finals: the best of each task and the default, in turns, alone and then inside their network
-    4. the result: what a compilation will take for every layer now
+1. the layers of all networks as tasks; what earlier runs found becomes the start of each search
+2. batch after batch goes to the task that promises most; every trial is in the log before the next begins
+3. finals: the best of each task and the default, in turns, alone and then inside their network
+4. the result: what a compilation will take for every layer now
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from schedules import Machine
 
 from ..errors import InputError
 from ..pipeline import resolve_target
+from ..threads import default_threads
 from .bound import Limits
 from .budget import Budget
 from .cost_model import CostModel, Row, require_xgboost
@@ -78,11 +79,8 @@ def tune(
     settings = Settings.checked(**given)
     require_xgboost()
     begun = time.monotonic()
-    with Progress(quiet) as progress:
-        session = Session(models, settings, progress, begun)
-        if settings.bundle is not None:
-            return session.pack()
-        return session.run()
+    with Progress(quiet) as progress, Session(models, settings, progress, begun) as session:
+        return session.run() if settings.bundle is None else session.pack()
 
 
 @dataclass
@@ -102,7 +100,8 @@ class Layer:
 
 
 class Session:
-    """One tuning run; `begun` is the time (monotonic) from which its budget counts."""
+    """One tuning run; `begun` is the time (monotonic) from which its budget counts. A context manager that owns what
+    measures."""
 
     def __init__(self, models: Sequence[Any], settings: Settings, progress: Progress, begun: float) -> None:
         if not models:
@@ -110,16 +109,30 @@ class Session:
         self.settings, self.progress, self.begun = settings, progress, begun
         self.target = resolve_target(settings.target)
         self.machine = Machine.from_target(self.target)
+        elsewhere = settings.tracker is not None or settings.bundle is not None
+        self.threads = settings.threads or (self.machine.cores if elsewhere else default_threads())
         self.id = secrets.token_hex(4)
         self.versions = this_versions()
         self.networks = [network(m, settings.shapes, self.machine, settings.layers) for m in models]
         self.uses = gather(self.networks)
-        self.where: MachineId = this_machine(self.target, settings.threads)
-        self.history = self._history()
-        self.model = CostModel(self.machine, settings.seed)
-        self.limits = self._limits()
-        self._learn()
-        self.layers = [self._layer(use) for use in self.uses]
+        self.where: MachineId = this_machine(self.target, self.threads)
+        self.limits = None if elsewhere else self._limits()
+        self._stack = ExitStack()
+        try:
+            self.measurer = self._measurer()
+            self.history = self._history()
+            self.model = CostModel(self.machine, settings.seed)
+            self._learn()
+            self.layers = [self._layer(use) for use in self.uses]
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     # --- 1 ---
 
@@ -143,12 +156,9 @@ class Session:
             if task not in own:
                 self.model.add(Row(task, r.point, median(r.cold) if r.ok else None) for r in records if _counts(r))
 
-    def _limits(self) -> Limits | None:
-        """The machine's limits where the code runs here; elsewhere nothing is known of them."""
-        if self.settings.tracker is not None or self.settings.bundle is not None:
-            return None
+    def _limits(self) -> Limits:
         dtype = accumulator(self.uses[0].task.problem.dtype)
-        return Limits.measure(self.settings.threads, dtype, self.target)
+        return Limits.measure(self.threads, dtype, self.target)
 
     def _layer(self, use: TaskUse) -> Layer:
         settings = self.settings
@@ -170,9 +180,7 @@ class Session:
             self.limits.flops_per_s if self.limits else None,
             began=self.begun,
         )
-        with ExitStack() as stack:
-            measurer = stack.enter_context(self._measurer())
-            finals = stack.enter_context(Finals(self, measurer))
+        with Finals(self) as finals:
             finals.prepare()
             budget = Budget(
                 [layer.use.count for layer in self.layers],
@@ -184,11 +192,11 @@ class Session:
             )
             budget.spent(None, time.monotonic() - self.begun)
             self.progress.phase("trials")
-            self._trials(budget, measurer)
+            self._trials(budget)
             finals.run(budget)
             return summarize(self, finals)
 
-    def _trials(self, budget: Budget, measurer: Any) -> None:
+    def _trials(self, budget: Budget) -> None:
         while (index := budget.next()) is not None:
             layer, start = self.layers[index], time.monotonic()
             if (why := layer.search.converged) is not None:
@@ -199,9 +207,10 @@ class Session:
                 # Asked for now, not before: the layers that had their turn in this run have something to say.
                 layer.search.suggest(self.history.seeds_for(layer.task))
             left = budget.trials_left(index)
-            points = layer.search.propose(BATCH if left is None else min(BATCH, left))
+            most = BATCH * self.settings.workers
+            points = layer.search.propose(most if left is None else min(most, left))
             if points:
-                self._batch(index, points, measurer)
+                self._batch(index, points)
             elif layer.search.converged is None:
                 budget.stop(index, "nothing is left to try")
                 self.progress.stopped(index, "nothing is left to try")
@@ -209,11 +218,11 @@ class Session:
             budget.spent(index, time.monotonic() - start, len(points))
             budget.observe(index, None if best is None else best[1])
 
-    def _batch(self, index: int, points: Sequence[Point], measurer: Any) -> None:
+    def _batch(self, index: int, points: Sequence[Point]) -> None:
         """Measure `points`; each is in the log as soon as it is known."""
         layer = self.layers[index]
         best = layer.search.best
-        for at, found in measurer.measure(layer.task, points, give_up=best[1] if best else None):
+        for at, found in self.measurer.measure(layer.task, points, give_up=best[1] if best else None):
             point = points[at]
             self.log(layer, point, found)
             seconds = median(found.cold) if found.ok else None
@@ -255,21 +264,29 @@ class Session:
     # --- what it needs ---
 
     def _measurer(self) -> Any:
+        """What measures: devices of a tracker, of which the first says what machine it is, or this machine; nothing
+        for a bundle."""
         settings = self.settings
-        if settings.tracker is not None:
-            from .measure.remote import RemoteMeasurer
+        if settings.bundle is not None:
+            return None
+        if settings.tracker is None:
+            from .measure.local import LocalMeasurer
 
-            return RemoteMeasurer(
-                self.target,
-                settings.threads,
-                tracker=settings.tracker,
-                key=str(settings.key),
-                workers=settings.workers,
-                seed=settings.seed,
-            )
-        from .measure.local import LocalMeasurer
+            return self._stack.enter_context(LocalMeasurer(self.target, self.threads, seed=settings.seed))
+        from .measure.remote import RemoteMeasurer
 
-        return LocalMeasurer(self.target, settings.threads, seed=settings.seed)
+        devices = RemoteMeasurer(
+            self.target,
+            self.threads,
+            settings.tracker,
+            str(settings.key),
+            settings.workers,
+            seed=settings.seed,
+            say=self.progress.note,
+        )
+        self._stack.enter_context(devices)
+        self.where = devices.machine()
+        return devices
 
     def prior(self, layer: Layer) -> float:
         """A guess of a layer's time where none was measured: modelled cycles at a common clock."""
@@ -293,7 +310,7 @@ class Session:
             [layer.task for layer in self.layers],
             points,
             self.target,
-            self.settings.threads,
+            self.threads,
             self.settings.seed,
         )
         candidates = sum(len(found) for found in points.values())

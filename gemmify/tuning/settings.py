@@ -12,7 +12,7 @@ from ..durations import parse_duration
 from ..errors import InputError
 from ..export import check_destination
 from ..policy import make_policy
-from ..threads import check_threads, default_threads
+from ..threads import check_threads
 
 BATCH = 8
 """Candidates that are built together and then measured one after the other."""
@@ -32,7 +32,7 @@ class Settings:
     logs: Path
     from_nothing: bool
     seed: int
-    threads: int
+    threads: int | None
     max_workspace: int | None
     max_error: float | None
     shapes: Mapping[str, Sequence[int]] | None
@@ -80,7 +80,7 @@ class Settings:
             raise InputError("a bundle is measured elsewhere and a tracker now: give one of the two")
         policy = make_policy("auto", False, max_workspace, max_error)
         elsewhere = tracker is not None or bundle is not None
-        count = default_threads() if threads is None else threads if elsewhere else check_threads(threads)
+        count = threads if threads is None or elsewhere else check_threads(threads)
         folder = Path(logs)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"the logs must be a folder, and {folder} is a file")
