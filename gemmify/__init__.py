@@ -182,7 +182,7 @@ def tune(
     from .threads import import_tvm
 
     import_tvm(compiler=True)
-    from .tuning.session import tune as run
+    from .tuning.tune import tune as run
 
     return run(
         list(model) if isinstance(model, list | tuple) else [model],

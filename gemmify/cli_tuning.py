@@ -38,7 +38,7 @@ def tune_options(parser: argparse.ArgumentParser, names: Any, positive: Any) -> 
 
 
 def tune_keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `tuning.session.tune` that the user gave."""
+    """The keyword arguments of `tuning.tune.tune` that the user gave."""
     same = ("target", "budget", "trials", "lowerings", "logs", "seed", "tracker", "key", "workers", "bundle", "quiet")
     found = {name: getattr(args, name) for name in (*same, "threads", "from_nothing", "max_workspace", "max_error")}
     found["layers"] = tuple(args.layer)

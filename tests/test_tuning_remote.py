@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,14 +43,14 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
+def start(*arguments: str) -> Any:
     port = free_port()
     line = [sys.executable, "-m", *arguments, "--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 50)]
     environment = {**os.environ, "TVM_NUM_THREADS": "1"}
     process = subprocess.Popen(
         line, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
-    process.port = port  # type: ignore[attr-defined]
+    process.port = port
     return process
 
 
@@ -65,8 +66,8 @@ class Farm:
 
     def __init__(self) -> None:
         self.tracker = start("tvm.exec.rpc_tracker")
-        self.address = f"127.0.0.1:{self.tracker.port}"  # type: ignore[attr-defined]
-        self.servers: list[subprocess.Popen[bytes]] = []
+        self.address = f"127.0.0.1:{self.tracker.port}"
+        self.servers: list[Any] = []
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             with (
@@ -77,7 +78,7 @@ class Farm:
             time.sleep(0.1)
         raise AssertionError("the tracker did not start")
 
-    def add(self, key: str = "cpu") -> subprocess.Popen[bytes]:
+    def add(self, key: str = "cpu") -> Any:
         self.servers.append(start("tvm.exec.rpc_server", "--tracker", self.address, "--key", key))
         return self.servers[-1]
 
@@ -95,25 +96,29 @@ def tracker() -> Iterator[Farm]:
 
 def test_a_server_is_killed_and_another_comes_in_the_middle(tracker: Farm) -> None:
     first, _ = tracker.add(), tracker.add()
-    count, found, addresses = 12, {}, set()
+    count, found, addresses, retried = 12, {}, set(), []
     with RemoteMeasurer("llvm", 1, tracker.address, "cpu", workers=2, device_limit=60, say=lambda _: None) as measurer:
         heard = measurer._heard
 
         def listen(tried, seconds, news):  # type: ignore[no-untyped-def]
+            limit = heard(tried, seconds, news)
             if news[0] == "setup":
                 addresses.add(news[1])
-            return heard(tried, seconds, news)
+                retried.extend(tried.killed + tried.failed)
+            if news[0] == "running" and tried.address.endswith(f":{first.port}") and first.poll() is None:
+                end(first)  # a candidate is on its way to it
+                tracker.add()
+            return limit
 
         measurer._heard = listen  # type: ignore[method-assign]
         for index, measured in measurer.measure(TASK, points(count)):
+            assert index not in found
             found[index] = measured
-            if len(found) == 2:
-                end(first)
-                tracker.add()
         machine = measurer.machine()
         while len(addresses) < 3:  # the new server may have started too late for the first batch
             found.update(measurer.measure(TASK, points(count)))
     assert sorted(found) == list(range(count))
+    assert retried == [f"127.0.0.1:{first.port}"], "the trial of the server that was killed went to another one"
     assert {m.outcome for m in found.values()} == {"ok"}, [m.why for m in found.values()]
     assert all(len(m.cold) >= 5 and len(m.warm) >= 5 and min(m.cold + m.warm) > 0 for m in found.values())
     assert all(m.error is not None and 0 < m.error < 1e-4 for m in found.values())

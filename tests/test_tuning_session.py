@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 import gemmify
 from gemmify.cli import main
 from gemmify.errors import InputError
-from gemmify.tuning import session as session_module
+from gemmify.tuning import tune as tune_module
 from gemmify.tuning.log import read
 from gemmify.tuning.settings import Settings
 
@@ -134,6 +134,7 @@ def test_ctrl_c_keeps_the_trials(model: Path, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert "the same command goes on" in err
     assert out == ""
     kept = read(logs)
     assert len(kept.records) >= 3 and not kept.damaged
@@ -218,7 +219,7 @@ def test_the_command_line_refuses(
 def test_without_xgboost_the_extra_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xgboost", None)
     with pytest.raises(InputError, match=r"gemmify\[tune\]"):
-        session_module.tune([str(model)], logs=tmp_path, quiet=True)
+        tune_module.tune([str(model)], logs=tmp_path, quiet=True)
 
 
 def test_json_result(model: Path, tmp_path: Path) -> None:

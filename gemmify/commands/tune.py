@@ -9,13 +9,13 @@ from .. import report
 
 
 def execute(models: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Tune `models` with the keyword `options` of `tuning.session.tune`; returns its result."""
+    """Tune `models` with the keyword `options` of `tuning.tune.tune`; returns its result."""
     from ..threads import check_threads, import_tvm
 
     if options.get("threads") is not None:
         check_threads(options["threads"])
     import_tvm(compiler=True)
-    from ..tuning.session import tune
+    from ..tuning.tune import tune
 
     return tune(list(models), **options)
 

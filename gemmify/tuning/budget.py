@@ -138,6 +138,10 @@ class Budget:
         """No more batches for this task: it converged, or was given up."""
         self._tasks[task].stopped = why
 
+    def reopen(self, task: int) -> None:
+        """A task that was stopped may have batches again."""
+        self._tasks[task].stopped = ""
+
     def stopped(self, task: int) -> str:
         """Why a task gets no more batches; nothing where it may."""
         account = self._tasks[task]

@@ -1,7 +1,7 @@
 """The end of a tuning run: the best of each task and the default, in turns, alone and then inside their network.
 
     1. alone: each task's finalists and its default, in turns, cold and warm (stage `final`)
-    2. inside: the network compiled untuned and with the first, second, third finalist of every task, in turns; what a
+    2. inside: the network compiled untuned and with the first, second ... finalist of every task, in turns; what a
        layer took in each is its word (stage `network`), and the verdict rests on it
     3. the network as it will be compiled now against the untuned one, in turns
 
@@ -21,7 +21,7 @@ from .inside import BURST, PROFILED, Inside, Variants
 from .layers import Network
 from .measure.job import Measured
 from .point import Point
-from .settings import FINALISTS
+from .settings import FINALISTS, RANKED
 from .verdict import Verdict, decide
 
 if TYPE_CHECKING:
@@ -77,16 +77,16 @@ class Finals:
     def _alone(self, number: int, layer: Layer, in_time: bool) -> list[Point]:
         """Step 1 for one task; its finalists, the best first (without the default)."""
         times = [(s, p.title, p) for p, s in layer.search.results.items() if s is not None and p != layer.default]
-        points = [point for _, _, point in sorted(times, key=lambda item: item[:2])[:FINALISTS]]
+        points = [point for _, _, point in sorted(times, key=lambda item: item[:2])[:RANKED]]
         if not points or not layer.fresh or not in_time:
-            return points
+            return points[:FINALISTS]
         field = [layer.default, *points]
         found = self.session.measurer.finals(layer.task, field, ROUNDS)
         group = f"{self.session.id}-{number}"
         for point, measured in zip(field, found, strict=True):
             self.session.log(layer, point, measured, "final", group)
         passed = [(median(m.cold), p.title, p) for p, m in zip(field, found, strict=True) if m.ok and p in points]
-        return [point for _, _, point in sorted(passed, key=lambda item: item[:2])]
+        return [point for _, _, point in sorted(passed, key=lambda item: item[:2])[:FINALISTS]]
 
     def _whole(self, net: Network, variants: Variants, ranked: dict[Any, list[Point]]) -> None:
         """Steps 2 and 3 for one network."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def summarize(session: Session, finals: Finals) -> dict[str, Any]:
-    """The result of `tuning.session.tune`, ready for JSON: seconds, bytes, text."""
+    """The result of `tuning.tune.tune`, ready for JSON: seconds, bytes, text."""
     rows = [_row(session, finals, layer) for layer in session.layers]
     seconds = time.monotonic() - session.begun
     fresh = sum(layer.fresh for layer in session.layers)

@@ -31,7 +31,8 @@ BOUND_DOUBT = 1.05
 """A bound must be above the best time by this much to drop a lowering: both are measured."""
 NEAR_BOUND = 1.03
 PATIENCE = 40
-"""Trials in a row that gain less than GAIN end a search."""
+"""Trials in a row that gain less than GAIN end a search, until it is told to go on."""
+MOST_PATIENCE = 8 * PATIENCE
 GAIN = 0.01
 POOL = 192
 """Random drafts of a pool; about as many neighbours of the best come on top."""
@@ -72,6 +73,7 @@ class Search:
         self._proposed: set[Point] = set()
         self._found: dict[str, float] = {}
         self._per_key: dict[str, int] = dict.fromkeys(space.keys, 0)
+        self.patience = PATIENCE
         self.best: tuple[Point, float] | None = None
         """The fastest point and its seconds."""
         self._last_gain = (0, float("inf"))
@@ -106,7 +108,7 @@ class Search:
         if self._exhausted and self._proposed <= self.results.keys():
             return f"all {self.trials} points tried"
         idle = self.trials - max(self._last_gain[0], self._opened)
-        if self.best is not None and idle >= PATIENCE and not self._first and not self._others:
+        if self.best is not None and idle >= self.patience and not self._first and not self._others:
             return f"no gain above {GAIN:.0%} in {idle} trials"
         return None
 
@@ -121,6 +123,13 @@ class Search:
         if point in self._proposed and point not in self.results:
             self._proposed.discard(point)
             self._first.append(point)
+
+    def go_on(self) -> bool:
+        """Be more patient, where patience is what ended this search; False where it is not, or has been enough."""
+        if self.patience >= MOST_PATIENCE or (why := self.converged) is None or not why.startswith("no gain"):
+            return False
+        self.patience *= 2
+        return self.converged is None
 
     def observe(self, point: Point, seconds: float | None) -> None:
         """The time of a point, which need not have been proposed (an older trial); None for a failure. A point of

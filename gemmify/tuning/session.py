@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +25,7 @@ from ..pipeline import resolve_target
 from ..threads import default_threads
 from .bound import Limits
 from .budget import Budget
-from .cost_model import CostModel, Row, require_xgboost
+from .cost_model import CostModel, Row
 from .finals import Finals
 from .folder import folder_of, this_machine, this_versions
 from .history import History
@@ -45,42 +44,8 @@ from .task import Task
 from .use import SHIPPED
 from .writer import Writer
 
-LEAST_FINAL_SECONDS = 1.0
-"""What the finals of one task take, about."""
-
-
-def tune(
-    models: Sequence[Any],
-    *,
-    target: Any = "llvm",
-    budget: float | str | None = "15m",
-    trials: int | None = None,
-    layers: Sequence[str] = (),
-    lowerings: Sequence[str] | None = None,
-    logs: str | PathLike[str] = "tuning_logs",
-    from_nothing: bool = False,
-    seed: int = 0,
-    threads: int | None = None,
-    max_workspace: int | str | None = None,
-    max_error: float | str | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
-    tracker: str | None = None,
-    key: str | None = None,
-    workers: int | None = None,
-    bundle: str | PathLike[str] | None = None,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Tune the layers of `models`; see `gemmify.tune` for the arguments.
-
-    Returns {"layers": a row a task, "networks", "machine", "versions", "trials", "seconds", "logs", "summary"}, ready
-    for JSON. A KeyboardInterrupt ends it cleanly and is raised again: what was measured is in the log.
-    """
-    given = {k: v for k, v in locals().items() if k not in ("models", "quiet")}
-    settings = Settings.checked(**given)
-    require_xgboost()
-    begun = time.monotonic()
-    with Progress(quiet) as progress, Session(models, settings, progress, begun) as session:
-        return session.run() if settings.bundle is None else session.pack()
+FINAL_SECONDS = 2.5
+"""What the finals of one task take, about, alone."""
 
 
 @dataclass
@@ -188,7 +153,7 @@ class Session:
                 bounds=[layer.search.bound for layer in self.layers],
                 priors=[self.prior(layer) for layer in self.layers],
                 trials=self.settings.trials,
-                finals=LEAST_FINAL_SECONDS + finals.estimate / len(self.layers),
+                finals=FINAL_SECONDS + finals.estimate / len(self.layers),
             )
             budget.spent(None, time.monotonic() - self.begun)
             self.progress.phase("trials")
@@ -197,7 +162,7 @@ class Session:
             return summarize(self, finals)
 
     def _trials(self, budget: Budget) -> None:
-        while (index := budget.next()) is not None:
+        while (index := self._next(budget)) is not None:
             layer, start = self.layers[index], time.monotonic()
             if (why := layer.search.converged) is not None:
                 budget.stop(index, why)
@@ -217,6 +182,18 @@ class Session:
             best = layer.search.best
             budget.spent(index, time.monotonic() - start, len(points))
             budget.observe(index, None if best is None else best[1])
+
+    def _next(self, budget: Budget) -> int | None:
+        """The task whose turn it is. Where all have stopped and there is time left, those that may gain yet go on."""
+        index = budget.next()
+        if index is None and self.settings.budget is not None and budget.left > budget.reserve:
+            on = [i for i, layer in enumerate(self.layers) if layer.search.go_on()]
+            for i in on:
+                budget.reopen(i)
+            if on:
+                self.progress.note(f"time is left: {len(on)} layers go on, more patiently")
+                return self._next(budget)
+        return index
 
     def _batch(self, index: int, points: Sequence[Point]) -> None:
         """Measure `points`; each is in the log as soon as it is known."""
@@ -316,6 +293,14 @@ class Session:
         candidates = sum(len(found) for found in points.values())
         made = {"path": str(path), "bytes": Path(path).stat().st_size, "candidates": candidates}
         return {"bundle": made, "logs": str(self.settings.logs), "summary": []}
+
+    def stopped(self) -> str:
+        """What to say to a user who stopped the run."""
+        fresh = sum(layer.fresh for layer in self.layers)
+        files = ", ".join(sorted({str(layer.file) for layer in self.layers if layer.fresh}))
+        return (
+            f"stopped: {fresh} trials are in {files}; the same command goes on" if fresh else "stopped before a trial"
+        )
 
     def places(self, net: Network) -> Iterator[tuple[str, Layer]]:
         """(layer name, layer) of the layers of `net` that are tuned."""

@@ -16,13 +16,15 @@ from ..threads import check_threads
 
 BATCH = 8
 """Candidates that are built together and then measured one after the other."""
-FINALISTS = 3
-"""Points of a task that are measured in turns with the default at the end."""
+RANKED = 8
+"""Points of a task that are measured in turns with the default at the end, alone."""
+FINALISTS = 4
+"""The best of those, which are measured inside the network."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `tuning.session.tune`, in one type each; see there."""
+    """The arguments of `tuning.tune.tune`, in one type each; see there."""
 
     target: Any
     budget: float | None
