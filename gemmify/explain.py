@@ -1,7 +1,8 @@
 """Why each layer has its lowering: every candidate of the catalogue with its cost, and what speaks against it.
 
-All of it comes from formulas; nothing is built or compiled. The times are those of the model of cost that `auto` picks
-by, in cycles of the target's core with all its cores at work: a bound to compare candidates by, no prediction.
+All of it comes from formulas and from the logs; nothing is compiled. The times are those of the model of cost that
+`auto` picks by, in cycles of the target's core with all its cores at work: a bound to compare candidates by, no
+prediction; what a log has measured stands beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
+from statistics import median
 from typing import Any
 
 from lowering import DenseProblem, Problem
@@ -26,7 +28,7 @@ from .select import Candidate, Choice, by_time, candidate_of, error_bound, nothi
 from .threads import check_threads, default_threads
 from .tuning.choice import Chooser
 from .tuning.task import Task
-from .tuning.use import open_logs
+from .tuning.use import Tuned, open_logs
 
 CLOSE = 1.005
 """Modelled cycles within this factor are called equal."""
@@ -53,9 +55,9 @@ def explain_model(
     `layers` stands for all layers that pose the same problem and were answered alike: {names, op, problem, macs,
     lowering, why, max_error, point, tuned, candidates}; a candidate is {key, verdict, and where it applies gemms, macs,
     workspace_bytes (of `threads`, by default all of the target), weight_bytes, cycles, ratio (to the chosen one's),
-    error}. `point` is what a log or a plan gives beyond the key, and the chosen candidate is then the configured one.
-    `verdict` is "chosen" or why not. Where no
-    lowering keeps within the bounds, `lowering` and every `ratio` are None, and `why` says what would fit. Raises
+    error, measured (seconds of its fastest trial in the logs, or None)}. `point` is what a log or a plan gives beyond
+    the key, and the chosen candidate is then the configured one. `verdict` is "chosen" or why not. Where no lowering
+    keeps within the bounds, `lowering` and every `ratio` are None, and `why` says what would fit. Raises
     InputError for a layer that the model does not have, and otherwise as `compile_model` does.
     """
     resolved = resolve_target(target)
@@ -87,6 +89,10 @@ def explain_model(
             settled = "the log decides" if choice is not None and choice.tuning else "not what was asked for"
             groups[key] = {"names": []} | _explain(site, candidates, taken, count, settled)
             point = None if choice is None or choice.point is None else choice.point.to_dict()
+            measured = _measured(tuned, Task(site.problem, site.epilogue))
+            for row in groups[key]["candidates"]:
+                if "gemms" in row:
+                    row["measured"] = measured.get(row["key"])
             groups[key] |= {"why": why, "max_error": bound, "point": point, "tuned": choice and choice.tuning}
         groups[key]["names"].append(site.name)
     chooser.settle(choices)
@@ -98,6 +104,17 @@ def explain_model(
         "tuning": chooser.coverage(choices),
         "layers": list(groups.values()),
     }
+
+
+def _measured(tuned: Tuned | None, task: Task) -> dict[str, float]:
+    """Seconds of the fastest trial of each lowering that the logs hold for `task`, caches cold, the layer alone."""
+    found = next(iter(tuned.find(task)), None) if tuned is not None else None
+    best: dict[str, float] = {}
+    for record in found.records if found is not None else ():
+        if record.ok and record.cold and record.stage != "network":
+            key = record.point.lowering
+            best[key] = min(median(record.cold), best.get(key, float("inf")))
+    return best
 
 
 def _placed(

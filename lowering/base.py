@@ -204,11 +204,6 @@ class Lowering(ABC, Generic[ProblemT]):
         if (reason := self.refuses(problem)) is not None:
             raise ValueError(f"{self.key} {reason}")
 
-    def size(self, problem: ProblemT, name: str) -> Size | None:
-        """The free size `name` on `problem`: the one that was fixed, else the default; None where none is free."""
-        given = dict(self.sizes)
-        return given[name] if name in given else next(iter(self.choices(problem).get(name, ())), None)
-
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.tile == self.tile and other.sizes == self.sizes
 

@@ -226,7 +226,7 @@ def test_repairs_and_merges_beside_writers_lose_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "a.jsonl.damaged").read_bytes().count(b"garbage") == 20
 
 
-def test_merge_top_keeps_finals_the_first_and_the_fastest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_top_keeps_finals_the_default_and_the_fastest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, out = tmp_path / "a.jsonl", tmp_path / "c.jsonl"
     speed = {0: 9e-3, 3: 3e-3, 6: 1e-3, 12: 2e-3, 15: 8e-3}  # all of the first task; number 0 is its first trial
     trials = [
@@ -241,3 +241,9 @@ def test_merge_top_keeps_finals_the_first_and_the_fastest(tmp_path: Path, capsys
     kept = log.read(out).records
     assert [r.when[17:19] for r in kept] == ["00", "01", "06", "12", "18"]
     assert call(capsys, "merge", a, "-o", tmp_path / "d.jsonl", "--top", "-1")[0] == 2
+    default = stats.untuned(TASKS[0], MACHINE)
+    assert default is not None and default != trials[0].point
+    a.write_bytes(b"".join(line.encode(r) for r in [*trials[:4], replace(trials[4], point=default), failed]))
+    call(capsys, "merge", a, "-o", out, "--top", "1")
+    kept = log.read(out).records
+    assert [r.when[17:19] for r in kept] == ["06", "15"], "the default, though others of its batch ended before it"

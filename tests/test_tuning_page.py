@@ -16,6 +16,7 @@ from gemmify.tuning.page.data import Trial
 from gemmify.tuning.page.html import POINTS
 from gemmify.tuning.point import Point, knobs
 from gemmify.tuning.record import MachineId, Record, Versions
+from gemmify.tuning.stats import untuned
 from gemmify.tuning.task import Task
 from lowering import Tile, conv2d
 from lowering.epilogue import EpilogueOp
@@ -105,6 +106,15 @@ def test_before_and_after_come_from_the_finals_and_a_slower_candidate_is_not_tak
     assert part.total("after") == pytest.approx(3 * 1.1e-3 + 4e-3)
     assert [t.best for t in gained.trials] == [True, True, False]  # finals are no trials
     assert gained.failures == (("crash", EVIL, 1),)
+
+
+def test_before_is_the_time_of_the_default_whatever_trial_ended_first() -> None:
+    """Candidates of a batch are built side by side: the default need not be the first in the log."""
+    default = untuned(task(0), HERE)
+    assert default is not None and default != point(4)
+    ended = [record(task(0), point(4), 3e-3, 0), record(task(0), point(8), None, 1), record(task(0), default, 2e-3, 2)]
+    (layer,) = collect(ended).machines[0].layers
+    assert layer.before == layer.after == 2e-3 and layer.verdict.kept
 
 
 def test_a_session_is_a_staircase_of_the_whole_network_and_the_next_goes_on_from_it() -> None:

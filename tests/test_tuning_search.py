@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from math import log, log2, prod
 from random import Random
 from typing import ClassVar
@@ -16,6 +18,7 @@ from gemmify.tuning import cost_model, features
 from gemmify.tuning.bound import Limits, lower_bound
 from gemmify.tuning.budget import Budget
 from gemmify.tuning.cost_model import CostModel, Row
+from gemmify.tuning.history import History
 from gemmify.tuning.point import Point
 from gemmify.tuning.search import FAR_OFF, FEW, PATIENCE, Search
 from gemmify.tuning.space import Space
@@ -164,6 +167,48 @@ def test_a_lost_point_is_proposed_again_a_measured_one_is_not(space: Space) -> N
     search.lost(b)
     later = [point for _ in range(3) for point in search.propose(4)]
     assert later.count(b) == 1 and a not in later
+
+
+def test_a_point_that_is_lost_twice_is_given_up(space: Space) -> None:
+    search = Search(space, 0)
+    first = search.propose(1)
+    search.lost(first[0])
+    assert search.propose(1) == first
+    search.lost(first[0])
+    assert first[0] not in [point for _ in range(4) for point in search.propose(4)]
+    assert search.results[first[0]] is None
+
+
+def test_a_large_lowering_that_may_have_no_more_trials_is_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Space(TASK, MACHINE, ["direct", "im2row-strip"])
+    assert small.size("im2row-strip") > 1000
+    search, seen = Search(small, 0), 0
+    for point in small.points("direct"):
+        search.observe(point, 1e-4)
+    for point, _ in zip(small.points("im2row-strip"), range(FEW - 1), strict=False):
+        search.observe(point, 1e-2)
+    original = small.points
+
+    def counted(key: str) -> Iterator[Point]:
+        nonlocal seen
+        for point in original(key):
+            seen += key == "im2row-strip"
+            yield point
+
+    monkeypatch.setattr(small, "points", counted)
+    assert [point.lowering for point in search.propose(8)] == ["im2row-strip"]
+    assert seen <= 3 * FEW and search.propose(8) == []
+
+
+def test_similar_layers_of_one_title_give_seeds_in_a_fixed_order() -> None:
+    """A title does not tell the padding: two layers may share it, at the same distance from a third."""
+    apart = [Task(replace(TASK.problem, pad_before=(p, p), pad_after=(2 - p, 2 - p))) for p in (0, 1, 2)]
+    assert len({task.title for task in apart}) == 1
+    points = [Point("direct", Tile(1, nr)) for nr in (16, 32, 48)]
+    seeds = {task: [(1e-3, point)] for task, point in zip(apart, points, strict=True)}
+    found = History(seeds=seeds).seeds_for(apart[1])
+    assert set(found) == set(points) and found[0] == points[1], "its own first"
+    assert History(seeds=dict(reversed(seeds.items()))).seeds_for(apart[1]) == found
 
 
 def test_a_lowering_that_is_far_off_gets_few_trials(space: Space) -> None:

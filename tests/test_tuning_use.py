@@ -134,6 +134,20 @@ def test_the_latest_group_decides():
     assert verdict(*old, record(TASK, BASE, 100, **failed), record(TASK, B, 1, **failed)).point == A
 
 
+def test_a_group_without_the_default_yields_to_the_defaults_own_times():
+    """As where a bound makes another default than the one that the finalists were measured against."""
+    apart = record(TASK, BASE, 100, "trial")
+    assert verdict(apart, record(TASK, A, 80), record(TASK, B, 120)).point == A
+    found = verdict(apart, record(TASK, B, 120))
+    assert found.point == BASE and found.kept, "it is slower, though no final holds the default"
+
+
+def test_times_inside_a_network_do_not_stand_beside_times_alone():
+    inside = {"stage": "network", "group": "net", "when": "2026-11-21T12:00:00Z"}
+    trials = [record(TASK, BASE, 100, "trial"), record(TASK, A, 95, "trial")]
+    assert verdict(*trials, record(TASK, BASE, 200, **inside)).kept, "95 is not 10 % below 100"
+
+
 def test_trials_that_were_never_repeated_need_a_larger_gain():
     base = record(TASK, BASE, 100, "trial")
     assert verdict(base, record(TASK, A, 91, "trial")).kept
@@ -213,7 +227,7 @@ def test_only_the_targets_folder_is_read_and_only_once(tmp_path, monkeypatch):
     write(logs, later, "b.jsonl")
     assert planned(logs=logs)["stem"]["lowering"] == "im2col", "the files have changed"
     (logs / folder_of(HERE) / "a.jsonl").write_text("rubbish\n")
-    with pytest.warns(GemmifyWarning, match="damaged"):
+    with pytest.warns(GemmifyWarning, match="1 damaged text was set aside, 2 records of the log were read"):
         assert planned(logs=logs)["stem"]["lowering"] == "im2col"
 
 
@@ -235,6 +249,16 @@ def test_the_users_log_goes_before_the_shipped_one(tmp_path, monkeypatch):
     monkeypatch.setattr(use, "LOCAL", shipped)
     assert planned()["stem"]["lowering"] == "im2col", "one folder in both roles"
     assert {layer["tuned"]["log"] for layer in planned().values() if layer["tuned"]} == {str(shipped / folder_of(HERE))}
+
+
+def test_trials_of_an_interrupted_run_do_not_hide_shipped_finals(tmp_path, monkeypatch):
+    monkeypatch.setattr(use, "SHIPPED", write(tmp_path / "shipped", finals("stem", WINOGRAD)))
+    trials = [record(TASKS["stem"], default("stem"), 100, "trial"), record(TASKS["stem"], IM2COL, 95, "trial")]
+    local = write(tmp_path / "local", trials)
+    monkeypatch.setattr(use, "LOCAL", local)
+    assert planned()["stem"]["lowering"] == "winograd-2"
+    write(local, finals("stem", IM2COL), "later.jsonl")
+    assert planned()["stem"]["lowering"] == "im2col"
 
 
 def test_the_same_problem_with_another_epilogue_serves_and_says_so(tmp_path):
@@ -414,6 +438,7 @@ def test_the_command_line_takes_logs_and_says_what_they_settled(model, tmp_path,
     assert group["lowering"] == "winograd-2" and group["point"]["sizes"]["block"] == [2, 2]
     chosen = next(c for c in group["candidates"] if c["verdict"] == "chosen")
     assert chosen["key"] == "winograd-2" and group["why"].startswith("tuned: 1.18 x")
+    assert 0 < chosen["measured"] < 1, "the fastest trial in the log, in seconds"
     assert cli.main(["verify", model, "--logs", str(logs)]) == 0
     assert cli.main(["run", model, "--no-logs"]) == 0
     capfd.readouterr()

@@ -29,13 +29,15 @@ def execute(model: str, layer: str | None, options: dict[str, Any]) -> dict[str,
 def show(result: dict[str, Any]) -> None:
     groups = result["layers"]
     count = sum(len(group["names"]) for group in groups)
+    timed = any(candidate.get("measured") for group in groups for candidate in group["candidates"])
+    columns = COLUMNS if timed else tuple(column for column in COLUMNS if column[1] != "measured")
     for index, group in enumerate(groups, 1):
         usable = [candidate for candidate in group["candidates"] if "gemms" in candidate]
         print(_title(index, len(groups), group))  # a table's own title would wrap at the table's width
         if sys.stdout.isatty() and (width := report.console().width) < TABLE_WIDTH:
-            print("\n".join(narrow(usable, width)))
+            print("\n".join(narrow(usable, width, columns)))
         else:
-            report.table("", COLUMNS, usable)
+            report.table("", columns, usable)
         for why, keys in _refused(group["candidates"]).items():
             print(f"  {', '.join(keys)}: {why}")
         print()
@@ -46,14 +48,17 @@ def show(result: dict[str, Any]) -> None:
     threads = "thread" if result["threads"] == 1 else "threads"
     print(f"{result['model']}: {layers}{same}; workspace of {result['threads']} {threads}, {bound}")
     print(f"error expected relative to a layer's largest output, at most {loosest:.1e}")
-    print("cycles are modelled, all cores at work, and only compare candidates: no time was measured")
+    said = "no time was measured" if not timed else "measured is the fastest trial in the logs, the layer alone"
+    print(f"cycles are modelled, all cores at work, and only compare candidates: {said}")
 
 
-def narrow(candidates: list[dict[str, Any]], width: int) -> list[str]:
+def narrow(
+    candidates: list[dict[str, Any]], width: int, columns: tuple[report.Column, ...] | None = None
+) -> list[str]:
     """The table for a terminal of `width` columns: of each candidate the numbers, then GEMM and verdict indented."""
-    numbers = [column for column in COLUMNS if column[1] not in ("gemms", "verdict")]
+    numbers = [column for column in columns or COLUMNS if column[1] not in ("gemms", "verdict")]
     cells = [[heading for heading, _, _ in numbers]]
-    cells += [[written(candidate[key]) for _, key, written in numbers] for candidate in candidates]
+    cells += [[written(candidate.get(key)) for _, key, written in numbers] for candidate in candidates]
     first, *rest = (max(map(len, column)) for column in zip(*cells, strict=True))
     lines = []
     for row, candidate in zip(cells, [None, *candidates], strict=True):
@@ -98,5 +103,6 @@ COLUMNS: tuple[report.Column, ...] = (
     ("weights", "weight_bytes", report.size),
     ("cycles", "cycles", report.count),
     ("error", "error", report.error),
+    ("measured", "measured", lambda seconds: report.duration(seconds) if seconds else ""),
     ("verdict", "verdict", report.text),
 )

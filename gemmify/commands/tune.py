@@ -12,8 +12,8 @@ def execute(models: Sequence[str], **options: Any) -> dict[str, Any]:
     """Tune `models` with the keyword `options` of `tuning.tune.tune`; returns its result."""
     from ..threads import check_threads, import_tvm
 
-    if options.get("threads") is not None:
-        check_threads(options["threads"])
+    if options.get("threads") is not None and not (options.get("tracker") or options.get("bundle")):
+        check_threads(options["threads"])  # those of this machine: elsewhere there may be more
     import_tvm(compiler=True)
     from ..tuning.tune import tune
 

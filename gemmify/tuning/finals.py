@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from ..bench.rounds import SETTLE_SECONDS
 from ..errors import GemmifyError
 from .budget import Budget
 from .inside import BURST, PROFILED, Inside, Variants
@@ -43,8 +44,12 @@ class Finals:
         self._inside: dict[str, Variants] = {}
         self.networks: list[dict[str, Any]] = []
         """{"name", "untuned", "tuned", "ratio"} of each network that was measured as a whole: seconds, medians."""
-        self.estimate = 0.0
-        """Seconds that steps 2 and 3 will take, about."""
+        self._each, self._fixed, self._most = 0.0, 0.0, FINALISTS
+
+    @property
+    def estimate(self) -> float:
+        """Seconds that steps 2 and 3 will take with all their finalists, about."""
+        return FINALISTS * self._each + self._fixed
 
     def prepare(self) -> None:
         """Compile each network untuned, which every later variant is measured against, and learn how long it takes."""
@@ -58,9 +63,9 @@ class Finals:
             made = self._stack.enter_context(Variants(net, self.session.target, self.session.threads))
             made.add({})
             self._inside[net.name] = made
-            runs = (FINALISTS + 1) * ROUNDS_INSIDE * (BURST + PROFILED + 3) + 2 * ROUNDS_INSIDE * BURST
             latency = sum(self.session.prior(layer) for _, layer in self.session.places(net))
-            self.estimate += (FINALISTS + 1.5) * made.compile_seconds + runs * latency + 8.0
+            self._each += made.compile_seconds + ROUNDS_INSIDE * ((BURST + PROFILED + 3) * latency + 4 * SETTLE_SECONDS)
+            self._fixed += 1.5 * made.compile_seconds + 3 * ROUNDS_INSIDE * (BURST + PROFILED + 3) * latency + 8.0
 
     def run(self, budget: Budget) -> None:
         """All steps, as far as the time goes; GemmifyError where a device or a process fails for good."""
@@ -68,8 +73,10 @@ class Finals:
         ranked = {}
         for number, layer in enumerate(self.session.layers):
             start = time.monotonic()
-            ranked[layer.task] = self._alone(number, layer, in_time=budget.left > self.estimate)
+            ranked[layer.task] = self._alone(number, layer, in_time=budget.left > self._each + self._fixed)
             budget.spent(None, time.monotonic() - start)
+        if self._each:
+            self._most = int(max(1.0, min(float(FINALISTS), (budget.left - self._fixed) / self._each)))
         for net in self.session.networks:
             if net.name in self._inside and any(ranked[task] for _, task in net.layers):
                 self._whole(net, self._inside[net.name], ranked)
@@ -79,20 +86,20 @@ class Finals:
         times = [(s, p.title, p) for p, s in layer.search.results.items() if s is not None and p != layer.default]
         points = [point for _, _, point in sorted(times, key=lambda item: item[:2])[:RANKED]]
         if not points or not layer.fresh or not in_time:
-            return points[:FINALISTS]
+            return points
         field = [layer.default, *points]
         found = self.session.measurer.finals(layer.task, field, ROUNDS)
         group = f"{self.session.id}-{number}"
         for point, measured in zip(field, found, strict=True):
             self.session.log(layer, point, measured, "final", group)
         passed = [(median(m.cold), p.title, p) for p, m in zip(field, found, strict=True) if m.ok and p in points]
-        return [point for _, _, point in sorted(passed, key=lambda item: item[:2])[:FINALISTS]]
+        return [point for _, _, point in sorted(passed, key=lambda item: item[:2])]
 
     def _whole(self, net: Network, variants: Variants, ranked: dict[Any, list[Point]]) -> None:
         """Steps 2 and 3 for one network."""
         progress, places = self.session.progress, list(self.session.places(net))
         try:
-            for place in range(max(len(ranked[layer.task]) for _, layer in places)):
+            for place in range(min(self._most, max(len(ranked[layer.task]) for _, layer in places))):
                 progress.phase(f"compiling {net.name} with finalist {place + 1} of each layer")
                 variants.add({n: p[min(place, len(p) - 1)] for n, layer in places if (p := ranked[layer.task])})
             progress.phase(f"{net.name}: layers inside the network, variants in turns")
@@ -100,10 +107,8 @@ class Finals:
             self._log(net, inside, ranked)
             progress.phase(f"{net.name}: tuned against untuned")
             chosen = {n: v.point for n, layer in places if not (v := self.verdict(layer)).kept and v.point is not None}
-            with Variants(net, self.session.target, self.session.threads) as both:
-                both.add({})
-                both.add(chosen)
-                times = both.measure(ROUNDS_INSIDE).network
+            variants.add(chosen)
+            times = variants.measure(ROUNDS_INSIDE, [0, len(variants) - 1]).network
         except GemmifyError as err:
             progress.note(f"{net.name} was not measured as a whole: {err}")
             return

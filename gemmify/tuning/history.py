@@ -45,8 +45,9 @@ class History:
     def seeds_for(self, task: Task) -> list[Point]:
         """The points to try first on `task`: what other versions found for it, then what won on similar layers."""
         found = [point for _, point in sorted(self.seeds.get(task, []), key=_order)][:MOST_SEEDS]
-        near = sorted((d, other.title, other) for other in self._tasks() if (d := distance(task, other)) is not None)
-        for _, _, other in near[:SIMILAR]:
+        near = [(d, other) for other in self._tasks() if (d := distance(task, other)) is not None]
+        # A title does not tell all of a task (its padding, say): tasks that share one are told apart by all of them.
+        for _, other in sorted(near, key=lambda item: (item[0], item[1].title, repr(item[1])))[:SIMILAR]:
             found += self._best(other)[:2]
         return list(dict.fromkeys(found))[:MOST_SEEDS]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +69,18 @@ class Variants:
         self._made.append((path, model.layers))
         self.compile_seconds = max(self.compile_seconds, time.perf_counter() - begin)
 
-    def measure(self, rounds: int, tell: Callable[[str], None] = lambda text: None) -> Inside:
-        """Time all variants in turns, odd rounds backwards. Raises CheckError where their outputs differ, GemmifyError
-        where one cannot run."""
+    def __len__(self) -> int:
+        """How many variants were added."""
+        return len(self._made)
+
+    def measure(self, rounds: int, which: Sequence[int] | None = None) -> Inside:
+        """Time the variants `which` (default: all) in turns, odd rounds backwards; the result is in that order. Raises
+        CheckError where their outputs differ, GemmifyError where one cannot run."""
+        made = [self._made[i] for i in (range(len(self._made)) if which is None else which)]
         with ExitStack() as stack:
-            workers = [stack.enter_context(WorkerProcess(f"variant {i}")) for i in range(len(self._made))]
+            workers = [stack.enter_context(WorkerProcess(f"variant {i}")) for i in range(len(made))]
             outputs = []
-            for i, (worker, (path, _)) in enumerate(zip(workers, self._made, strict=True)):
+            for i, (worker, (path, _)) in enumerate(zip(workers, made, strict=True)):
                 worker.ask("load", engine=OURS, model=str(path), threads=self.threads, inputs=str(self._inputs))
                 outputs.append(_outputs(worker, self._folder / f"out{i}.npz"))
                 worker.pause()
@@ -84,13 +89,12 @@ class Variants:
             network: list[list[float]] = [[] for _ in workers]
             order = list(range(len(workers)))
             for index in range(rounds):
-                tell(f"round {index + 1} of {rounds}")
                 for i in order if index % 2 == 0 else reversed(order):
                     time.sleep(SETTLE_SECONDS)
                     network[i] += workers[i].ask("burst", runs=BURST, drop=2)["seconds"]
                     kernels = workers[i].ask("profile", repeat=PROFILED)["kernels"]
                     workers[i].pause()
-                    for name, seconds in self._by_layer(i, kernels).items():
+                    for name, seconds in _by_layer(made[i][1], kernels).items():
                         layers[i].setdefault(name, []).append(seconds)
         return Inside(tuple(layers), tuple(network))
 
@@ -102,13 +106,6 @@ class Variants:
                     f"{self.net.name}: variant {i} of the tuned network differs from the untuned one by {relative} of "
                     f"the largest output, the bound is {TOLERANCE:g}; nothing of it was kept"
                 )
-
-    def _by_layer(self, variant: int, kernels: Sequence[Sequence[Any]]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for row in kernel_rows(kernels, self._made[variant][1]):
-            if row["layer"] is not None:
-                found[row["layer"]] = found.get(row["layer"], 0.0) + row["seconds"]
-        return found
 
     def close(self) -> None:
         self._stack.close()
@@ -124,3 +121,12 @@ def _outputs(worker: WorkerProcess, path: Path) -> list[np.ndarray]:
     worker.ask("outputs", path=str(path))
     with np.load(path) as data:
         return [data[key] for key in data.files]
+
+
+def _by_layer(layers: Sequence[Mapping[str, Any]], kernels: Sequence[Sequence[Any]]) -> dict[str, float]:
+    """Seconds of each layer, from (kernel, seconds) in the order of the calls."""
+    found: dict[str, float] = {}
+    for row in kernel_rows(kernels, layers):
+        if row["layer"] is not None:
+            found[row["layer"]] = found.get(row["layer"], 0.0) + row["seconds"]
+    return found

@@ -116,15 +116,17 @@ def log_files(path: str | os.PathLike[str], unreadable: list[Damage] | None = No
     return sorted(found)
 
 
-def warn_damage(loaded: Loaded) -> None:
-    """One GemmifyWarning for all damage of `loaded`, naming the first few places; nothing where there is none."""
+def warn_damage(loaded: Loaded, records: int | None = None) -> None:
+    """One GemmifyWarning for all damage of `loaded`, naming the first few places; nothing where there is none.
+    `records` is how many were read, where `loaded` does not hold them."""
     if not loaded.damaged:
         return
     first = "; ".join(f"{place} ({short(place.text, 40)!r})" for place in loaded.damaged[:_SHOWN])
     count = len(loaded.damaged)
     more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+    read_ = len(loaded.records) if records is None else records
     warnings.warn(
-        f"{count} damaged {'text was' if count == 1 else 'texts were'} set aside, {len(loaded.records)} records of the "
+        f"{count} damaged {'text was' if count == 1 else 'texts were'} set aside, {read_} records of the "
         f"log were read: {first}{more}; `gemmify logs check --repair` moves the damage out of the log",
         GemmifyWarning,
         stacklevel=2,

@@ -18,6 +18,7 @@ from .locks import append, held, open_log, read_fd
 from .log import Damage, damage, pieces
 from .record import MachineId, Record, Versions
 from .scan import Piece, scan
+from .stats import untuned
 from .task import Task
 
 _T = TypeVar("_T")
@@ -68,7 +69,8 @@ def repair(path: str | os.PathLike[str]) -> Repaired:
 
 def thinned(records: Sequence[Record], top: int) -> list[Record]:
     """The records that a compilation and the next tuning run need, in their order: all that were measured in turns,
-    and for each task and machine its first trial (the default) and its `top` fastest; slow and failed trials go."""
+    and for each task and machine the trial of its default (the first of all where there is none: candidates of a batch
+    end in any order) and its `top` fastest; slow and failed trials go."""
     trials: dict[tuple[Task, MachineId, Versions], list[Record]] = {}
     for record in records:
         if record.stage == "trial":
@@ -76,7 +78,9 @@ def thinned(records: Sequence[Record], top: int) -> list[Record]:
     kept = {id(record) for record in records if record.stage != "trial"}
     for group in trials.values():
         fast = sorted((r for r in group if r.ok and r.cold), key=lambda r: (median(r.cold), r.point.title))
-        kept |= {id(record) for record in [group[0], *fast[:top]]}
+        untuned_point = untuned(group[0].task, group[0].machine)
+        default = [r for r in group if r.point == untuned_point] or group[:1]
+        kept |= {id(record) for record in [*default, *fast[:top]]}
     return [record for record in records if id(record) in kept]
 
 

@@ -71,6 +71,7 @@ class Search:
         self.results: dict[Point, float | None] = {}
         """What was observed: seconds, or None for a failure."""
         self._proposed: set[Point] = set()
+        self._lost: set[Point] = set()
         self._found: dict[str, float] = {}
         self._per_key: dict[str, int] = dict.fromkeys(space.keys, 0)
         self.patience = PATIENCE
@@ -119,8 +120,12 @@ class Search:
         self._first = list(dict.fromkeys([*default, *adapted, *self._first]))
 
     def lost(self, point: Point) -> None:
-        """A proposed point that was not measured, through no fault of its own: it may be proposed once more."""
-        if point in self._proposed and point not in self.results:
+        """A proposed point that was not measured, through no fault of its own: it is proposed once more, at the first
+        time; at the second it is given up."""
+        if point in self._lost:
+            self.results.setdefault(point, None)
+        elif point in self._proposed and point not in self.results:
+            self._lost.add(point)
             self._proposed.discard(point)
             self._first.append(point)
 
@@ -215,6 +220,8 @@ class Search:
             tries -= self._offer(chosen, self.space.adapt(draft))
         for key in keys if len(chosen) < count else ():
             for point in self.space.points(key):
+                if not self._room(chosen, key):
+                    break  # a large lowering that may have no more trials is not gone through in vain
                 self._offer(chosen, point)
                 if len(chosen) == count:
                     return
@@ -224,11 +231,15 @@ class Search:
         """Take a point that is new and whose lowering may have one more trial; whether it was looked at."""
         if point is None or point in self._proposed:
             return point is not None
-        pending = sum(p.lowering == point.lowering for p in chosen)
-        best = self.best is not None and point.lowering == self.best[0].lowering
-        if best or self._near(point.lowering) or self._per_key[point.lowering] + pending < FEW:
+        if self._room(chosen, point.lowering):
             self._take(chosen, point)
         return True
+
+    def _room(self, chosen: Sequence[Point], key: str) -> bool:
+        """Whether a lowering may have one more trial beside those of `chosen`."""
+        if self._near(key) or (self.best is not None and key == self.best[0].lowering):
+            return True
+        return self._per_key[key] + sum(point.lowering == key for point in chosen) < FEW
 
     def _drafts(self, keys: Sequence[str]) -> Iterator[Point]:
         """What a batch is drawn from: all points of the small lowerings, random ones of the others, more of those that

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -18,8 +20,8 @@ BATCH = 8
 """Candidates that are built together and then measured one after the other."""
 RANKED = 8
 """Points of a task that are measured in turns with the default at the end, alone."""
-FINALISTS = 4
-"""The best of those, which are measured inside the network."""
+FINALISTS = 6
+"""How many of those, the best, are measured inside the network, where the time is kept for them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Settings:
             raise InputError(f"the seed must be a whole number of at least 0, got {seed!r}")
         if isinstance(layers, str) or isinstance(lowerings, str):
             raise InputError("layers and lowerings are lists of names")
+        if lowerings is not None and not lowerings:
+            raise InputError("no lowering is left to tune: name some, or leave lowerings out for all that apply")
         if (tracker is None) != (key is None):
             raise InputError("a tracker and the key of its devices belong together: give --tracker HOST:PORT --key KEY")
         if workers is not None and tracker is None:
@@ -82,10 +86,13 @@ class Settings:
             raise InputError("a bundle is measured elsewhere and a tracker now: give one of the two")
         policy = make_policy("auto", False, max_workspace, max_error)
         elsewhere = tracker is not None or bundle is not None
+        for name, given in (("threads", threads), ("workers", workers)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+                raise InputError(f"{name} must be a whole number of at least 1, got {given!r}")
         count = threads if threads is None or elsewhere else check_threads(threads)
         folder = Path(logs)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"the logs must be a folder, and {folder} is a file")
+        if bundle is None:
+            _require_writable(folder)
         return cls(
             target,
             seconds,
@@ -104,3 +111,17 @@ class Settings:
             workers or 1,
             None if bundle is None else check_destination(bundle),
         )
+
+
+def _require_writable(folder: Path) -> None:
+    """InputError where no log can be made in `folder`: before minutes of work, not at the first trial."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise InputError(f"the logs must be a folder, and {there} is a file; give another folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # what the permissions say is not enough, as in `check_destination`
+    except OSError as err:
+        said = err.strerror or err
+        raise InputError(
+            f"cannot write the logs {folder}: {there} is not writable ({said}); give another folder"
+        ) from err

@@ -173,12 +173,9 @@ class Space:
         return self._knobs[at]
 
     def _read_knobs(self, lowering: Lowering, tile: Tile) -> KnobSpace:
-        read = getattr(schedules, "knob_space", None)
         found: KnobSpace = {}
-        if read is None:
-            return found
         for func in unscheduled(lowering, self.task.problem, self.task.epilogue, tile):
-            for name, values in read(func, self.machine).items():
+            for name, values in schedules.knob_space(func, self.machine).items():
                 known = found.get(name)
                 found[name] = values if known is None else tuple(v for v in known if v in values) or known
         return {name: values for name, values in sorted(found.items()) if len(values) > 1}

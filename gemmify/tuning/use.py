@@ -93,10 +93,11 @@ class Tuned:
 
     def find(self, task: Task) -> Iterator[Found]:
         """What is known of `task`, the place to ask first in front: records of exactly this task, the user's own then
-        the shipped ones; behind them those of the same problem whose epilogue is the most like it."""
-        for source in self.sources:
-            if task in source.tasks:
-                yield Found(source.tasks[task], source.name)
+        the shipped ones, where the user's are trials only (a tuner was interrupted) and the shipped ones were measured
+        in turns those first; behind them those of the same problem whose epilogue is the most like it."""
+        exact = [source for source in self.sources if task in source.tasks]
+        for source in sorted(exact, key=lambda source: not _in_turns(source.tasks[task])):
+            yield Found(source.tasks[task], source.name)
         for source in self.sources:
             others = [other for other in source.problems.get(task.problem, ()) if other != task]
             for other in sorted(others, key=lambda other: _unlike(other, task)):
@@ -118,7 +119,7 @@ class Tuned:
         from .log import Loaded, warn_damage
 
         if damaged := [damage for source in self._sources for damage in source.damaged]:
-            warn_damage(Loaded([], damaged))
+            warn_damage(Loaded([], damaged), sum(source.total for source in self._sources))
         for source in self._sources:
             if source.unused and not source.name.endswith("(shipped)"):
                 count, reasons = sum(source.unused.values()), _reasons(source.unused)
@@ -207,6 +208,11 @@ def _of_one_cpu(records: list[Record]) -> tuple[Record, ...]:
         return tuple(records)
     last = max(records, key=lambda record: (moment(record.when), record.machine.cpu))
     return tuple(record for record in records if record.machine.cpu == last.machine.cpu)
+
+
+def _in_turns(records: Iterable[Record]) -> bool:
+    """Whether some of the records were measured in turns with the default."""
+    return any(record.ok and record.cold and record.stage != "trial" for record in records)
 
 
 def _unlike(other: Task, task: Task) -> tuple[int, str]:

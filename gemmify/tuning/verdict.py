@@ -1,15 +1,16 @@
 """What the records of one task say: which point a compilation takes, and whether it is worth leaving the default.
 
-Times measured at different moments differ by more than most points do. So the latest group decides, the candidates and
-the default that were measured in turns (stages `final` and `network`); the score of a point is the median of its cold
-times there. The first point in the order of the medians wins that
+Times measured at different moments differ by more than most points do. So the latest group decides that holds the
+default and candidates measured in turns with it (stages `final` and `network`); the score of a point is the median of
+its cold times there. The first point in the order of the medians wins that
 
     is at least 1 % faster than the default by the median, and
     whose third quartile lies below the default's first quartile (the spreads do not overlap).
 
-Where none does, the default is kept. Where no group holds a candidate (a tuner was interrupted before its finals), each
-point's trials count together, and a point must be 10 % faster than the default's own trial, which was taken at another
-moment. Where the default has no time at all (it failed, or was never tried) the least median wins.
+Where none does, the default is kept. Where no group holds both (a tuner was interrupted before its finals, or a bound
+makes another default), each point's times alone count together, and a point must be 10 % faster than the default's own,
+which were taken at another moment; times inside a network do not stand beside those. Where the default has no time at
+all (it failed, or was never tried) the least median wins, of the latest group with a candidate if there is one.
 """
 
 from __future__ import annotations
@@ -77,11 +78,12 @@ def decide(records: Iterable[Record], default: Point | None) -> Verdict:
     outcome than "ok" are passed over). The order of the records does not matter; equal medians go by the point's text.
     """
     usable = sorted({r for r in records if r.ok and r.cold}, key=_order)
+    timed = any(record.point == default for record in usable)
     for group in _groups(usable):
         found = _samples(group)
-        if set(found) - {default}:
+        if set(found) - {default} and (default in found or not timed):
             return _judge(found, default, LEAST_GAIN, "")
-    found = _samples(usable)
+    found = _samples([record for record in usable if record.stage != "network"] or usable)
     if not found:
         return Verdict(None, None, None, None, None, "no record has a time", False)
     return _judge(found, default, LEAST_GAIN_APART, " measured apart")

@@ -80,9 +80,12 @@ class Candidate:
             self._calls.append((function, tuple(tensors)))
 
     @property
-    def input(self) -> np.ndarray:
-        """The memory of the layer's input."""
-        return self._memory["data"].view
+    def recent(self) -> list[np.ndarray]:
+        """The memory that a network has used lately when it comes to this layer, the input last: its activations and
+        workspaces lie in an arena that every layer uses. Not the weights."""
+        operands = [_operand(op.operand) for op in self.ops if op.operand is not None]
+        written = [step.writes for step in reversed(self.steps)]
+        return [self._memory[name].view for name in dict.fromkeys([*written, *operands, "data"])]
 
     def faults(self) -> list[str]:
         """Where the calls wrote outside their tensors, or left poison in a workspace."""

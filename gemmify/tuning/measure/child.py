@@ -92,11 +92,12 @@ def _check(candidate: Candidate, folder: Path) -> Reply:
 
 def _subject(candidate: Candidate, prepared: Prepared) -> sampling.Subject:
     flusher = Flusher(prepared.touch, prepared.buffer)
-    read = flusher.reader(candidate.input)
+    readers = [flusher.reader(memory) for memory in candidate.recent]
 
     def cool() -> None:
         flusher.flush()
-        read()
+        for read in readers:
+            read()
 
     return sampling.Subject(candidate, cool)
 

@@ -31,7 +31,7 @@ TURN = Amount(cold=4, warm=4, least=2, drop=1)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: `call` runs the layer once; `cool` empties the caches and brings the input back."""
+    """What is timed: `call` runs the layer once; `cool` empties the caches and brings back all but the weights."""
 
     call: Callable[[], None]
     cool: Callable[[], None]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from statistics import median
 
+from ..line import moment
 from ..point import Point
 from ..record import MachineId, Record
+from ..stats import untuned
 from ..task import Task
 from ..verdict import Verdict, decide
 
@@ -125,7 +126,7 @@ def _part(
     counts: Mapping[Task, int],
     bounds: Mapping[tuple[MachineId, Task], float],
 ) -> MachinePart:
-    records = sorted(records, key=lambda r: r.when)  # stable: equal times keep the order of the log
+    records = sorted(records, key=lambda r: moment(r.when))  # stable: equal times keep the order of the log
     by_task: dict[Task, list[Record]] = defaultdict(list)
     for record in records:
         by_task[record.task].append(record)
@@ -152,7 +153,11 @@ def score(record: Record) -> float | None:
 
 
 def default_point(records: Sequence[Record]) -> Point | None:
-    """The untuned default: every session tries it first, so it is the earliest trial of the task."""
+    """The untuned default of the task that `records` are about, as `compile` picks it; where it was not measured (an
+    older version picked another) the earliest trial, which a session begins with."""
+    known = untuned(records[0].task, records[0].machine)
+    if any(record.point == known for record in records):
+        return known
     return next((record.point for record in records if record.stage == "trial"), None)
 
 
@@ -192,15 +197,6 @@ def _layer(task: Task, records: list[Record], count: int, bound: float | None) -
     )
 
 
-def instant(when: str) -> float | None:
-    """Seconds since 1970 of an ISO 8601 text (UTC where it names no zone), None where it is none."""
-    try:
-        found = datetime.fromisoformat(when.replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
-
-
 def _sessions(
     records: Sequence[Record], by_task: Mapping[Task, Sequence[Record]], counts: Mapping[Task, int]
 ) -> tuple[Session, ...]:
@@ -212,19 +208,19 @@ def _sessions(
             best[task] = first
     by_session: dict[str, list[tuple[float, Record]]] = defaultdict(list)
     for record in records:
-        if record.stage == "trial" and (moment := instant(record.when)) is not None:
-            by_session[record.session].append((moment, record))
+        if record.stage == "trial" and record.when:
+            by_session[record.session].append((moment(record.when), record))
     sessions = []
     for name, timed in sorted(by_session.items(), key=lambda item: item[1][0][0]):
         begin = timed[0][0]
         total = sum(seconds * counts.get(task, 1) for task, seconds in best.items())
         steps = [(0.0, total)] if best else []
-        for moment, record in timed:
+        for at, record in timed:
             seconds = score(record)
             if seconds is not None and seconds < best[record.task]:
                 total += (seconds - best[record.task]) * counts.get(record.task, 1)
                 best[record.task] = seconds
-                steps.append(((moment - begin) / 60, total))
+                steps.append(((at - begin) / 60, total))
         length = (timed[-1][0] - begin) / 60
         if steps:
             steps.append((length, total))
