@@ -196,8 +196,10 @@ def test_a_large_lowering_that_may_have_no_more_trials_is_not_gone_through(monke
             yield point
 
     monkeypatch.setattr(small, "points", counted)
-    assert [point.lowering for point in search.propose(8)] == ["im2row-strip"]
-    assert seen <= 3 * FEW and search.propose(8) == []
+    (last,) = search.propose(8)
+    assert last.lowering == "im2row-strip" and seen <= 3 * FEW
+    search.observe(last, 1e-2)
+    assert search.propose(8) == [] and seen <= 3 * FEW
 
 
 def test_similar_layers_of_one_title_give_seeds_in_a_fixed_order() -> None:
@@ -243,6 +245,17 @@ def test_it_converges_without_gain(space: Space) -> None:
         run(search, fake, 8)
     assert search.converged is not None and search.converged.startswith("no gain above 1% in ")
     assert PATIENCE <= fake.calls < 400
+
+
+def test_patience_grows_past_the_idle_trials_of_an_older_log(space: Space) -> None:
+    search, fake = Search(space, 0), Fake(space)
+    assert not search.go_on(), "it has not ended"
+    search.observe(space.default(), 1e-9)
+    for _ in range(3 * PATIENCE // 8 + 2):
+        for point in search.propose(8):
+            search.observe(point, fake(point))
+    assert search.converged is not None and search.go_on() and search.converged is None
+    assert search.patience > 2 * PATIENCE
 
 
 def test_a_slow_gain_still_counts(space: Space) -> None:

@@ -118,6 +118,7 @@ def _counts(model: str | None, shapes: Mapping[str, Sequence[int]] | None) -> tu
 def _bounds(records: Sequence[Record]) -> tuple[dict[tuple[MachineId, Task], float], list[str]]:
     """Seconds that a layer cannot beat, for the records that were measured on a machine like this one with as many
     threads as this process may use; and what the reader should know about them."""
+    from lowering.problem import accumulator
     from schedules import Machine
 
     from ..pipeline import resolve_target
@@ -135,16 +136,18 @@ def _bounds(records: Sequence[Record]) -> tuple[dict[tuple[MachineId, Task], flo
                 f"No bounds for {machine.cpu}, {machine.threads} threads: they are measured on such a machine."
             )
             continue
-        limits = Limits.measure(machine.threads)
         target = Machine.from_target(resolve_target("llvm"))
-        for task in dict.fromkeys(r.task for r in records if r.machine == machine):
-            if (least := _bound(task, target, limits)) is not None:
-                found[machine, task] = least
-        notes.append(
-            f"Bounds for {machine.threads} threads: the least over all lowerings of multiply-adds at "
-            f"{limits.flops_per_s / 1e9:.0f} GFLOP/s and weights at {limits.read_bytes_per_s / 1e9:.1f} GB/s, "
-            "both measured when this page was made."
-        )
+        tasks = list(dict.fromkeys(r.task for r in records if r.machine == machine))
+        for dtype in sorted({accumulator(task.problem.dtype) for task in tasks}):
+            limits = Limits.measure(machine.threads, dtype)
+            for task in tasks:
+                if accumulator(task.problem.dtype) == dtype and (least := _bound(task, target, limits)) is not None:
+                    found[machine, task] = least
+            notes.append(
+                f"Bounds for {machine.threads} threads: the least over all lowerings of multiply-adds in {dtype} at "
+                f"{limits.flops_per_s / 1e9:.0f} GFLOP/s and weights at {limits.read_bytes_per_s / 1e9:.1f} GB/s, "
+                "both measured when this page was made."
+            )
     return found, notes
 
 
@@ -162,10 +165,12 @@ def _bound(task: Task, machine: Any, limits: Any) -> float | None:
 
 def _commands(records: Sequence[Record], model: str | None, files: Sequence[Path]) -> list[str]:
     """How the log and this page are made: the model's name where it is known, else that of each log file."""
+    from ..tuning.folder import code_of
+
     models = [model] if model else sorted({file.stem for file in files}) or ["MODEL"]
     lines = []
     for machine in dict.fromkeys(r.machine for r in records):
-        target = shlex.quote(f"{machine.target} -mcpu={machine.mcpu}")
+        target = shlex.quote(code_of(machine))
         names = " ".join(map(shlex.quote, models))
         lines.append(f"gemmify tune {names} --target {target} --threads {machine.threads}")
     program = Path(sys.argv[0]).name.replace("__main__.py", "gemmify") or "gemmify"

@@ -57,7 +57,7 @@ def other_machine(record: Record, machine: MachineId) -> str | None:
     """
     then = record.machine
     if (then.target, then.mcpu) != (machine.target, machine.mcpu):
-        return f"another target: {_code(then)} instead of {_code(machine)}"
+        return f"another target: {code_of(then)} instead of {code_of(machine)}"
     if machine.cpu and then.cpu != machine.cpu:
         return f"another CPU: {then.cpu or 'unknown'} instead of {machine.cpu}"
     if then.features != machine.features:
@@ -85,5 +85,6 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _code(machine: MachineId) -> str:
+def code_of(machine: MachineId) -> str:
+    """The target as a text: "llvm -mcpu=sapphirerapids", "llvm" where the CPU has no name."""
     return f"{machine.target} -mcpu={machine.mcpu}" if machine.mcpu else machine.target

@@ -76,9 +76,10 @@ class Versions:
 @dataclass(frozen=True)
 class Record:
     """One trial. Times are seconds of one call of the whole layer, every one that was taken: `warm` with all operands
-    in the caches, `cold` after the caches were flushed and the input alone was read again, as inside a network, where
-    the weights come from memory. `error` is the largest deviation from the float64 reference relative to the largest
-    output. `group` names the run of finalists that were measured in turns; `when` is UTC, ISO 8601.
+    in the caches, `cold` after the caches were flushed and all but the weights was read again (on a device of a tracker
+    or of a bundle: the input alone), as inside a network, where the weights come from memory. `error` is the largest
+    deviation from the float64 reference relative to the largest output. `group` names the run of finalists that were
+    measured in turns; `when` is UTC, ISO 8601.
     """
 
     task: Task

@@ -131,14 +131,15 @@ class Search:
 
     def go_on(self) -> bool:
         """Be more patient, where patience is what ended this search; False where it is not, or has been enough."""
-        if self.patience >= MOST_PATIENCE or (why := self.converged) is None or not why.startswith("no gain"):
+        if not (self.converged or "").startswith("no gain"):
             return False
-        self.patience *= 2
+        while self.patience < MOST_PATIENCE and self.converged is not None:  # an older log may hold many idle trials
+            self.patience *= 2
         return self.converged is None
 
     def observe(self, point: Point, seconds: float | None) -> None:
-        """The time of a point, which need not have been proposed (an older trial); None for a failure. A point of
-        another space is learnt from only by the model."""
+        """The time of a point, which need not have been proposed (an older trial); None for a failure. A point that is
+        not in the space is passed over."""
         at = self.space.canonical(point)
         if at is None:
             return

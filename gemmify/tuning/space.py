@@ -2,7 +2,7 @@
 
 What is left out before anything is built: lowerings that do not apply or are above a bound (the rules of `compile`),
 tiles that do not fit the registers or are modelled far slower than the best, sizes whose scratch exceeds a core's cache
-by far. What `compile` picks without a log is always one point of the space.
+by far. What `compile` picks without a log is a point of the space, unless the lowerings asked for leave it out.
 
 Points are handed out in one spelling (`canonical`): what has its default is left out, free sizes and knobs of the
 schedule alike.
@@ -202,7 +202,7 @@ class Space:
     # Points.
 
     def default(self, key: str | None = None) -> Point:
-        """The untuned point of the lowering `key`; where it is None, what `compile` picks."""
+        """The untuned point of the lowering `key`; where it is None, of the one that `compile` picks among `keys`."""
         key = self.keys[0] if key is None else key
         return Point(key, tile_for(catalogue()[key], self.task.problem, self.machine))
 

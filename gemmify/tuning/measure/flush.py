@@ -1,8 +1,8 @@
 """Emptying the caches before a cold sample, with every thread that will run the layer.
 
 One kernel does it: each thread loads a share of a buffer, one sum a cache line. On a buffer larger than the private
-drives out what they hold; on the tensors of `Candidate.recent` it brings those back, divided among the threads
-as the layers before would have left them.
+caches it drives out what they hold; on the tensors of `Candidate.recent` it brings those back, divided among the
+threads as the layers before would have left them.
 """
 
 from __future__ import annotations

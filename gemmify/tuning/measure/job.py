@@ -18,7 +18,7 @@ class Measured:
     """What became of one candidate: `outcome` is one of `record.OUTCOMES`, `why` says in words what failed.
 
     Times are seconds of one call of the whole layer, one entry a sample, `warm` with all operands in the caches and
-    `cold` after they were flushed and the input was read again; both are empty unless the outcome is "ok". `error` is
+    `cold` after they were flushed (see `Record`); both are empty unless the outcome is "ok". `error` is
     the largest deviation from float64 relative to the largest output, None where nothing was compared. `seconds_build`
     and `seconds_measure` are the wall time that the candidate took.
     """

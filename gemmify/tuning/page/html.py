@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ...report import duration, ratio
+from ..folder import code_of
 from .charts import COLOURS, bars, latency, scatter, short, thin
 from .data import Layer, MachinePart, Page, Session
 from .style import CSS, JS
@@ -85,7 +86,7 @@ def _machine(part: MachinePart, index: int, data: Page) -> str:
     title = f"{m.cpu}, {m.threads} of {m.cores} cores"
     return (
         f'<section aria-labelledby="m{index}"><h2 id="m{index}">{escape(title)}</h2>'
-        f'<p class="dim">{escape(f"{m.target} -mcpu={m.mcpu}, features {m.features}; {part.first} to {part.last}")}</p>'
+        f'<p class="dim">{escape(f"{code_of(m)}, features {m.features}; {part.first} to {part.last}")}</p>'
         f'<ul class="tiles">{boxes}</ul>{note}{_latency(part, *(None if missing else s for s in (before, bound)))}'
         f"{_layers(part, index)}{_details(part, index)}{_sources(part)}</section>"
     )
