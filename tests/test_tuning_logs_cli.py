@@ -244,6 +244,6 @@ def test_merge_top_keeps_finals_the_default_and_the_fastest(tmp_path: Path, caps
     default = stats.untuned(TASKS[0], MACHINE)
     assert default is not None and default != trials[0].point
     a.write_bytes(b"".join(line.encode(r) for r in [*trials[:4], replace(trials[4], point=default), failed]))
-    call(capsys, "merge", a, "-o", out, "--top", "1")
-    kept = log.read(out).records
+    assert call(capsys, "merge", a, "-o", tmp_path / "e.jsonl", "--top", "1")[0] == 0
+    kept = log.read(tmp_path / "e.jsonl").records
     assert [r.when[17:19] for r in kept] == ["06", "15"], "the default, though others of its batch ended before it"

@@ -18,12 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 import gemmify
 from gemmify.cli import main
 from gemmify.errors import InputError
-from gemmify.pipeline import resolve_target
 from gemmify.tuning import tune as tune_module
-from gemmify.tuning.layers import network
 from gemmify.tuning.log import read
 from gemmify.tuning.settings import Settings
-from schedules import Machine
 
 pytest.importorskip("xgboost")
 
@@ -229,21 +226,6 @@ def test_elsewhere_there_may_be_more_threads_than_here(model: Path, tmp_path: Pa
     words = ["--tracker", "no address", "--key", "cpu", "--threads", "9999", "--logs", str(tmp_path)]
     assert main(["tune", str(model), *words]) == 2
     assert "9999 threads" not in capsys.readouterr().err
-
-
-def test_a_layer_whose_name_holds_brackets_is_found_by_it() -> None:
-    rng = np.random.default_rng(0)
-    weight = numpy_helper.from_array(rng.standard_normal((4, 4, 1, 1)).astype("float32"), "w")
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"], name="block[0]/conv")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 6, 6])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 6, 6])],
-        [weight],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    found = network(made, None, Machine.from_target(resolve_target("llvm")), ["block[0]/conv"])
-    assert [name for name, _ in found.layers] == ["block[0]/conv"]
 
 
 def test_without_xgboost_the_extra_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

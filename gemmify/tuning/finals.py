@@ -63,9 +63,12 @@ class Finals:
             made = self._stack.enter_context(Variants(net, self.session.target, self.session.threads))
             made.add({})
             self._inside[net.name] = made
-            latency = sum(self.session.prior(layer) for _, layer in self.session.places(net))
-            self._each += made.compile_seconds + ROUNDS_INSIDE * ((BURST + PROFILED + 3) * latency + 4 * SETTLE_SECONDS)
-            self._fixed += 1.5 * made.compile_seconds + 3 * ROUNDS_INSIDE * (BURST + PROFILED + 3) * latency + 8.0
+            start = time.monotonic()
+            latency = median(made.measure(1).network[0])
+            loaded = time.monotonic() - start
+            one = loaded + (ROUNDS_INSIDE - 1) * ((BURST + PROFILED + 3) * latency + 2 * SETTLE_SECONDS)
+            self._each += made.compile_seconds + one
+            self._fixed += made.compile_seconds + 3 * one  # untuned among the variants, then tuned against untuned
 
     def run(self, budget: Budget) -> None:
         """All steps, as far as the time goes; GemmifyError where a device or a process fails for good."""

@@ -50,21 +50,16 @@ def network(
     sites = list(layer_sites(lowering_graph(imported.mod), Policy()).values())
     known = [site.name for site in sites]
     for pattern in names:
-        if not any(_is_named(name, pattern) for name in known):
+        if not any(fnmatchcase(name, pattern) for name in known):
             raise unknown_layer(pattern, known)
     found = []
     for site in sites:
-        if not names or any(_is_named(site.name, pattern) for pattern in names):
+        if not names or any(fnmatchcase(site.name, pattern) for pattern in names):
             require_dtype(f"layer {site.name}", site.problem.dtype, machine)
             found.append((site.name, Task(site.problem, site.epilogue)))
     if not found:
         raise InputError(f"the model {imported.name} has no convolution and no fully connected layer to tune")
     return Network(imported.name, model, shapes, tuple(found))
-
-
-def _is_named(name: str, pattern: str) -> bool:
-    """Whether a layer is meant by a name or a pattern; a name that holds brackets means itself."""
-    return name == pattern or fnmatchcase(name, pattern)
 
 
 def gather(networks: Sequence[Network]) -> list[TaskUse]:
