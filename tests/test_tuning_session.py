@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 import gemmify
 from gemmify.cli import main
 from gemmify.errors import InputError
+from gemmify.pipeline import plan_model
 from gemmify.tuning import tune as tune_module
 from gemmify.tuning.log import read
 from gemmify.tuning.settings import Settings
@@ -151,6 +152,19 @@ def test_one_model_twice_is_tuned_once(model: Path, tmp_path: Path) -> None:
     )
     assert [row["count"] for row in result["layers"]] == [2]
     assert len([r for r in read(tmp_path).records if r.stage == "trial"]) == 1
+
+
+def test_what_was_asked_for_must_beat_what_compile_takes(model: Path, tmp_path: Path) -> None:
+    """With --lowerings the untuned choice of `compile` is measured too: a slower lowering must not replace it."""
+    words = {"layers": ["three"], "lowerings": ["im2row"], "logs": tmp_path, "quiet": True}
+    gemmify.tune(str(model), budget=None, trials=2, from_nothing=True, **words)
+    untuned = next(layer for layer in plan_model(str(model), logs=False).layers if layer["name"] == "three")
+    records = read(tmp_path).records
+    tried = {record.point.lowering for record in records if record.stage == "trial"}
+    assert tried == {"im2row", untuned["lowering"]} and untuned["lowering"] != "im2row"
+    for stage in ("final", "network"):
+        points = {record.point.lowering for record in records if record.stage == stage}
+        assert untuned["lowering"] in points, stage
 
 
 GOOD = {

@@ -52,9 +52,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"cycles are modelled, all cores at work, and only compare candidates: {said}")
 
 
-def narrow(
-    candidates: list[dict[str, Any]], width: int, columns: tuple[report.Column, ...] | None = None
-) -> list[str]:
+def narrow(candidates: list[dict[str, Any]], width: int, columns: tuple[report.Column, ...] | None = None) -> list[str]:
     """The table for a terminal of `width` columns: of each candidate the numbers, then GEMM and verdict indented."""
     numbers = [column for column in columns or COLUMNS if column[1] not in ("gemms", "verdict")]
     cells = [[heading for heading, _, _ in numbers]]

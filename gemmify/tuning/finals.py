@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bench.rounds import SETTLE_SECONDS
 from ..errors import GemmifyError
-from .budget import Budget
+from .budget import MOST_RESERVE, Budget
 from .inside import BURST, PROFILED, Inside, Variants
 from .layers import Network
 from .measure.job import Measured
@@ -41,7 +41,7 @@ class Finals:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._stack = ExitStack()
-        self._inside: dict[str, Variants] = {}
+        self._inside: list[tuple[Network, Variants]] = []
         self.networks: list[dict[str, Any]] = []
         """{"name", "untuned", "tuned", "ratio"} of each network that was measured as a whole: seconds, medians."""
         self._each, self._fixed, self._most = 0.0, 0.0, FINALISTS
@@ -58,17 +58,22 @@ class Finals:
         if elsewhere or (settings.budget is not None and settings.budget < LEAST_BUDGET):
             self.session.progress.note("the finals are measured layer by layer, not inside the network")
             return
+        bounds = {"max_workspace": settings.max_workspace, "max_error": settings.max_error}
         for net in self.session.networks:
             self.session.progress.phase(f"compiling {net.name} untuned")
-            made = self._stack.enter_context(Variants(net, self.session.target, self.session.threads))
+            made = self._stack.enter_context(Variants(net, self.session.target, self.session.threads, bounds))
             made.add({})
-            self._inside[net.name] = made
+            self._inside.append((net, made))
             start = time.monotonic()
             latency = median(made.measure(1).network[0])
             loaded = time.monotonic() - start
             one = loaded + (ROUNDS_INSIDE - 1) * ((BURST + PROFILED + 3) * latency + 2 * SETTLE_SECONDS)
             self._each += made.compile_seconds + one
             self._fixed += made.compile_seconds + 3 * one  # untuned among the variants, then tuned against untuned
+        if settings.budget is not None and self._each + self._fixed > MOST_RESERVE * settings.budget:
+            self._stack.close()
+            self._inside, self._each, self._fixed = [], 0.0, 0.0
+            self.session.progress.note("too little time for the finals inside the network: layer by layer instead")
 
     def run(self, budget: Budget) -> None:
         """All steps, as far as the time goes; GemmifyError where a device or a process fails for good."""
@@ -80,9 +85,13 @@ class Finals:
             budget.spent(None, time.monotonic() - start)
         if self._each:
             self._most = int(max(1.0, min(float(FINALISTS), (budget.left - self._fixed) / self._each)))
-        for net in self.session.networks:
-            if net.name in self._inside and any(ranked[task] for _, task in net.layers):
-                self._whole(net, self._inside[net.name], ranked)
+        for number, (net, variants) in enumerate(self._inside):
+            if budget.left < 0.8 * (self._each + self._fixed) * (len(self._inside) - number) / len(self._inside):
+                self.session.progress.note(f"no time is left to measure {net.name} as a whole")
+            elif any(ranked[task] for _, task in net.layers):
+                start = time.monotonic()
+                self._whole(number, net, variants, ranked)
+                budget.spent(None, time.monotonic() - start)
 
     def _alone(self, number: int, layer: Layer, in_time: bool) -> list[Point]:
         """Step 1 for one task; its finalists, the best first (without the default)."""
@@ -98,7 +107,7 @@ class Finals:
         passed = [(median(m.cold), p.title, p) for p, m in zip(field, found, strict=True) if m.ok and p in points]
         return [point for _, _, point in sorted(passed, key=lambda item: item[:2])]
 
-    def _whole(self, net: Network, variants: Variants, ranked: dict[Any, list[Point]]) -> None:
+    def _whole(self, number: int, net: Network, variants: Variants, ranked: dict[Any, list[Point]]) -> None:
         """Steps 2 and 3 for one network."""
         progress, places = self.session.progress, list(self.session.places(net))
         try:
@@ -107,7 +116,7 @@ class Finals:
                 variants.add({n: p[min(place, len(p) - 1)] for n, layer in places if (p := ranked[layer.task])})
             progress.phase(f"{net.name}: layers inside the network, variants in turns")
             inside = variants.measure(ROUNDS_INSIDE)
-            self._log(net, inside, ranked)
+            self._log(f"{self.session.id}-{number}-{net.name}", net, inside, ranked)
             progress.phase(f"{net.name}: tuned against untuned")
             chosen = {n: v.point for n, layer in places if not (v := self.verdict(layer)).kept and v.point is not None}
             variants.add(chosen)
@@ -118,7 +127,7 @@ class Finals:
         untuned, tuned = (median(t) for t in times)
         self.networks.append({"name": net.name, "untuned": untuned, "tuned": tuned, "ratio": untuned / tuned})
 
-    def _log(self, net: Network, inside: Inside, ranked: dict[Any, list[Point]]) -> None:
+    def _log(self, group: str, net: Network, inside: Inside, ranked: dict[Any, list[Point]]) -> None:
         """What each layer took in each variant, one record a point: the mean over the layers that are one task."""
         names: dict[Any, list[str]] = {}
         for name, layer in self.session.places(net):
@@ -130,10 +139,12 @@ class Finals:
             samples: dict[Point, list[float]] = {}
             for variant, layers in enumerate(inside.layers):
                 point = layer.default if variant == 0 else points[min(variant - 1, len(points) - 1)]
-                rounds = zip(*(layers[name] for name in names[layer.task]), strict=True)
+                # A layer whose result nothing reads is not in the compiled network.
+                rounds = zip(*(layers[name] for name in names[layer.task] if name in layers), strict=True)
                 samples.setdefault(point, []).extend(fmean(times) for times in rounds)
-            group = f"{self.session.id}-{net.name}"
             for point, times in samples.items():
+                if not times:
+                    continue
                 self.session.log(layer, point, Measured("ok", "", (), tuple(times)), "network", group)
 
     def verdict(self, layer: Layer) -> Verdict:

@@ -46,8 +46,9 @@ class Inside:
 class Variants:
     """Variants of one network, compiled as they are added, timed together; a context manager that owns their files."""
 
-    def __init__(self, net: Network, target: Any, threads: int) -> None:
-        self.net, self.target, self.threads = net, target, threads
+    def __init__(self, net: Network, target: Any, threads: int, bounds: Mapping[str, Any] | None = None) -> None:
+        """`bounds`: the `max_workspace` and `max_error` that the points were found under."""
+        self.net, self.target, self.threads, self.bounds = net, target, threads, dict(bounds or {})
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gemmify-variants-")))
         self._made: list[tuple[Path, list[dict[str, Any]]]] = []
@@ -55,12 +56,13 @@ class Variants:
         self.compile_seconds = 0.0
 
     def add(self, choice: Choice) -> None:
-        """Compile the network with `choice` and keep the library. Errors as `gemmify.compile`."""
+        """Compile the network with `choice` and keep the library. Errors as `gemmify.compile`, InputError also for a
+        point that does not apply: what is measured must be what it is logged as."""
         from ..plan import Plan
 
         begin = time.perf_counter()
         plan = Plan({name: point.lowering for name, point in choice.items()}, dict(choice))
-        options = {"shapes": self.net.shapes, "plan": plan, "logs": False}
+        options = {"shapes": self.net.shapes, "plan": plan, "logs": False, "strict": True, **self.bounds}
         model = compile_to_model(self.net.source, threads=self.threads, target=self.target, **options)
         path = self._folder / f"variant{len(self._made)}.so"
         model.export(path)

@@ -18,7 +18,7 @@ def summarize(session: Session, finals: Finals) -> dict[str, Any]:
     rows = [_row(session, finals, layer) for layer in session.layers]
     seconds = time.monotonic() - session.begun
     fresh = sum(layer.fresh for layer in session.layers)
-    tuned = sum(not row["kept"] and row["tuned"] is not None for row in rows)
+    tuned = sum(not row["kept"] and row["ratio"] is not None for row in rows)
     covered = sum(row["tuned"] is not None for row in rows)
     lines = [f"{fresh} trials in {show_duration(seconds)}; {tuned} of {len(rows)} different layers got faster"]
     if covered < len(rows):
@@ -35,7 +35,7 @@ def summarize(session: Session, finals: Finals) -> dict[str, Any]:
         "networks": finals.networks,
         "machine": session.where.to_dict(),
         "versions": session.versions.to_dict(),
-        "limits": dict(session.limits.__dict__) if session.limits else None,
+        "limits": {dtype: dict(limits.__dict__) for dtype, limits in session.limits.items()} or None,
         "trials": fresh,
         "seconds": seconds,
         "seed": session.settings.seed,

@@ -81,7 +81,9 @@ class Session:
         self.networks = [network(m, settings.shapes, self.machine, settings.layers) for m in models]
         self.uses = gather(self.networks)
         self.where: MachineId = this_machine(self.target, self.threads)
-        self.limits = None if elsewhere else self._limits()
+        dtypes = {} if elsewhere else {accumulator(use.task.problem.dtype): None for use in self.uses}
+        self.limits = {dtype: Limits.measure(self.threads, dtype, self.target) for dtype in dtypes}
+        """Of this machine, by the dtype of the arithmetic; none where the code runs elsewhere."""
         self._stack = ExitStack()
         try:
             self.measurer = self._measurer()
@@ -121,19 +123,22 @@ class Session:
             if task not in own:
                 self.model.add(Row(task, r.point, median(r.cold) if r.ok else None) for r in records if _counts(r))
 
-    def _limits(self) -> Limits:
-        dtype = accumulator(self.uses[0].task.problem.dtype)
-        return Limits.measure(self.threads, dtype, self.target)
-
     def _layer(self, use: TaskUse) -> Layer:
         settings = self.settings
         space = Space(use.task, self.machine, settings.lowerings, settings.max_workspace, settings.max_error)
-        search = Search(space, settings.seed, model=self.model, limits=self.limits)
+        limits = self.limits.get(accumulator(use.task.problem.dtype))
+        search = Search(space, settings.seed, model=self.model, limits=limits)
         for record in self.history.known.get(use.task, ()):
             if _counts(record):
                 search.observe(record.point, median(record.cold) if record.ok and record.cold else None)
         folder = settings.logs / folder_of(self.where)
-        return Layer(use, search, space.default(), folder / f"{_file_name(use.places[0][0])}.jsonl")
+        # What `compile` picks, whether or not its lowering was asked for: what is found must beat that.
+        free = (
+            space
+            if settings.lowerings is None
+            else Space(use.task, self.machine, None, settings.max_workspace, settings.max_error)
+        )
+        return Layer(use, search, free.default(), folder / f"{_file_name(use.places[0][0])}.jsonl")
 
     # --- 2 ---
 
@@ -142,7 +147,7 @@ class Session:
         self.progress.start(
             [self._view(layer) for layer in self.layers],
             self.settings.budget,
-            self.limits.flops_per_s if self.limits else None,
+            next((limits.flops_per_s for limits in self.limits.values()), None),
             began=self.begun,
         )
         with Finals(self) as finals:
@@ -173,7 +178,8 @@ class Session:
                 layer.search.suggest(self.history.seeds_for(layer.task))
             left = budget.trials_left(index)
             most = BATCH * self.settings.workers
-            points = layer.search.propose(most if left is None else min(most, left))
+            room, lacking = most if left is None else min(most, left), self._lacks_default(layer)
+            points = [layer.default] * lacking + layer.search.propose(room - lacking)
             if points:
                 self._batch(index, points)
             elif layer.search.converged is None:
@@ -182,6 +188,11 @@ class Session:
             best = layer.search.best
             budget.spent(index, time.monotonic() - start, len(points))
             budget.observe(index, None if best is None else best[1])
+
+    def _lacks_default(self, layer: Layer) -> bool:
+        """Whether the default is no point of the search (another lowering was asked for) and was not measured yet."""
+        tried = self.history.known.get(layer.task, ())
+        return not layer.search.space.valid(layer.default) and all(r.point != layer.default for r in tried)
 
     def _next(self, budget: Budget) -> int | None:
         """The task whose turn it is. Where all have stopped and there is time left, those that may gain yet go on."""
@@ -269,7 +280,7 @@ class Session:
         """A guess of a layer's time where none was measured: modelled cycles at a common clock."""
         if layer.search.best is not None:
             return layer.search.best[1]
-        return layer.search.space.cycles[layer.default.lowering] / 3e9
+        return min(layer.search.space.cycles.values()) / 3e9
 
     def _view(self, layer: Layer) -> TaskView:
         known = layer.search.results.get(layer.default)
