@@ -21,6 +21,8 @@ from .errors import InputError
 
 ScheduleKnobs = tuple[tuple[str, int | str], ...]
 """Sorted (name, value) pairs of `schedules.knob_space`."""
+MOST_TILE = 4096
+"""Elements of a register tile: every one is written out in the code, and compiled."""
 MOST_ELEMENTS = 2**31
 """Kernels index with 32 bits."""
 
@@ -81,6 +83,11 @@ def too_large(lowering: Lowering, problem: Problem | GradientProblem, cost: Lowe
 
 def require_tile(lowering: Lowering, problem: Problem, tile: Tile) -> None:
     """InputError for a tile that a lowering of `problem` cannot be built for."""
+    if tile.mr * tile.nr > MOST_TILE:
+        raise InputError(
+            f"a register tile holds at most {MOST_TILE} elements, more than any CPU has registers for; got {tile.mr} x "
+            f"{tile.nr}"
+        )
     axes = lowering.axes(problem)
     sides = (("mr", tile.mr, axes.inner, axes.mr_divides), ("nr", tile.nr, axes.n, axes.nr_divides))
     for name, given, extent, divides in sides:

@@ -29,6 +29,7 @@ def test_a_workspace_beyond_32_bits_is_a_reason() -> None:
         ("winograd-4", conv2d(16, 13, 13, 16, 3), Tile(5, 16), "winograd-4 needs a tile whose mr divides 16"),
         ("winograd-2", conv2d(8, 12, 12, 24, 3, g=2), Tile(1, 16), "winograd-2 needs a tile whose nr divides 12"),
         ("depthwise", conv2d(8, 9, 9, 8, 3, g=8), Tile(2, 16), "depthwise needs a tile whose nr divides 8"),
+        ("implicit-gemm", conv2d(8, 9, 9, 8, 3), Tile(512, 512), "at most 4096 elements"),
     ],
 )
 def test_a_tile_that_does_not_divide_is_refused(key: str, problem: ConvProblem, tile: Tile, said: str) -> None:
