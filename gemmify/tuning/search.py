@@ -29,6 +29,8 @@ MODELLED_OFF = 8.0
 """A lowering that is modelled this many times slower than the best is not tried."""
 BOUND_DOUBT = 1.05
 """A bound must be above the best time by this much to drop a lowering: both are measured."""
+BELOW_BOUND = 0.95
+"""A time this far below its bound proves that the limits were measured in a slow moment: the bounds are dropped."""
 NEAR_BOUND = 1.03
 PATIENCE = 40
 """Trials in a row that gain less than GAIN end a search, until it is told to go on."""
@@ -153,6 +155,8 @@ class Search:
         self._model.add([Row(self.space.task, at, seconds)])
         if seconds is None:
             return
+        if seconds < BELOW_BOUND * self._bounds.get(at.lowering, 0.0):
+            self._bounds = {}
         self._found[at.lowering] = min(seconds, self._found.get(at.lowering, float("inf")))
         if self.best is None or seconds < self.best[1]:
             self.best = (at, seconds)
