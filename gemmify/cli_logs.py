@@ -37,7 +37,7 @@ def logs_options(logs: argparse.ArgumentParser, parser_class: type[argparse.Argu
         "-o", "--output", required=True, metavar="FILE.jsonl", help="may be one of the logs that it reads"
     )
     merge.add_argument(
-        "--top", type=int, metavar="N", help="of each task's trials keep the default and the N fastest, and all finals"
+        "--top", type=int, metavar="N", help="keep of each task the default, the N fastest trials and the latest finals"
     )
 
     import_ = action("import", "add what a bundle measured on another machine")

@@ -24,7 +24,7 @@ def tune_options(parser: argparse.ArgumentParser, names: Any, positive: Any) -> 
     names and a whole number."""
     add = parser.add_argument
     add("--budget", type=duration, default=DEFAULT_BUDGET, metavar="TIME", help="20m, 90s, 1h; default 15m, all of it")
-    add("--trials", type=positive, metavar="N", help="at most N trials a layer")
+    add("--trials", type=positive, metavar="N", help="at most N trials a layer in this run")
     add("--layer", action="append", default=[], metavar="NAME", help="these layers only; a name or a pattern; add up")
     add("--lowerings", type=names, metavar="KEY,...", help="only these; default: every one that applies")
     add("--logs", default="tuning_logs", metavar="DIR", help="where the log is kept (default: tuning_logs)")

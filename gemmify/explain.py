@@ -54,7 +54,7 @@ def explain_model(
     Returns {model, threads, max_workspace, max_error, tuning (see `tuning.choice.coverage`), layers}. Each entry of
     `layers` stands for all layers that pose the same problem and were answered alike: {names, op, problem, macs,
     lowering, why, max_error, point, tuned, candidates}; a candidate is {key, verdict, and where it applies gemms, macs,
-    workspace_bytes (of `threads`, by default all of the target), weight_bytes, cycles, ratio (to the chosen one's),
+    workspace_bytes (of `threads`), weight_bytes, cycles, ratio (to the chosen one's),
     error, measured (seconds of its fastest trial in the logs, or None)}. `point` is what a log or a plan gives beyond
     the key, and the chosen candidate is then the configured one. `verdict` is "chosen" or why not. Where no lowering
     keeps within the bounds, `lowering` and every `ratio` are None, and `why` says what would fit. Raises
@@ -65,7 +65,7 @@ def explain_model(
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
     tuned = open_logs(resolved, default_threads() if threads is None else threads, logs)
     chooser, choices = Chooser(machine, policy, tuned, frozen), dict[str, Choice]()
-    count = machine.cores if threads is None else check_threads(threads)
+    count = default_threads() if threads is None else check_threads(threads)
     imported = import_model(model, shapes)
     sites = list(layer_sites(lowering_graph(imported.mod), policy).values())
     if layer is not None:

@@ -247,3 +247,9 @@ def test_merge_top_keeps_finals_the_default_and_the_fastest(tmp_path: Path, caps
     assert call(capsys, "merge", a, "-o", tmp_path / "e.jsonl", "--top", "1")[0] == 0
     kept = log.read(tmp_path / "e.jsonl").records
     assert [r.when[17:19] for r in kept] == ["06", "15"], "the default, though others of its batch ended before it"
+
+
+def test_best_says_what_a_compilation_here_does_not_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"".join(LINES))
+    code, out, _ = call(capsys, "best", "--logs", tmp_path)
+    assert code == 0 and "6 records are not used by a compilation here: another" in " ".join(out.split())

@@ -48,7 +48,11 @@ def show(result: dict[str, Any]) -> None:
     threads = "thread" if result["threads"] == 1 else "threads"
     print(f"{result['model']}: {layers}{same}; workspace of {result['threads']} {threads}, {bound}")
     print(f"error expected relative to a layer's largest output, at most {loosest:.1e}")
-    said = "no time was measured" if not timed else "measured is the fastest trial in the logs, the layer alone"
+    said = (
+        "no time was measured"
+        if not timed
+        else "measured is the fastest trial of each in the logs; the choice rests on finals, in turns"
+    )
     print(f"cycles are modelled, all cores at work, and only compare candidates: {said}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ..export import check_destination
 
 if TYPE_CHECKING:
     from ..tuning.log import Damage, Loaded
+    from ..tuning.record import Record
     from ..tuning.task import Task
 
 _SHOWN = 20
@@ -150,7 +152,16 @@ def _best(model: str | None, task: str | None, logs: Sequence[str] | None) -> di
             "logs stats`, or tune it: `gemmify tune MODEL`"
         )
     covered = None if names is None else {"layers": len(names), "found": len({row["layer"] for row in rows})}
-    return {"model": model, "tasks": rows, "covered": covered}
+    return {"model": model, "tasks": rows, "covered": covered, "unused": _unused(records)}
+
+
+def _unused(records: Sequence[Record]) -> dict[str, int]:
+    """How many records a compilation on this machine does not use, by reason."""
+    from ..threads import default_threads
+    from ..tuning.folder import fits, this_machine, this_versions
+
+    machine, versions = this_machine("llvm", default_threads()), this_versions()
+    return dict(Counter(why for record in records if (why := fits(record, machine, versions)) is not None))
 
 
 def _names(model: str) -> dict[Task, str]:
@@ -182,6 +193,8 @@ def _show_best(result: dict[str, Any]) -> None:
         if len({tuple(row[name].values()) for row in rows}) > 1:
             columns.append((name, name, lambda value: " ".join(map(str, value.values()))))
     report.table("", columns, rows)
+    for why, count in result["unused"].items():
+        print(f"{count} records are not used by a compilation here: {why}")
     if result["covered"]:
         print(
             f"{result['covered']['found']} of {result['covered']['layers']} tasks of {result['model']} are in the log"

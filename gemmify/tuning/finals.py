@@ -56,7 +56,12 @@ class Finals:
         settings = self.session.settings
         elsewhere = settings.tracker is not None
         if elsewhere or (settings.budget is not None and settings.budget < LEAST_BUDGET):
-            self.session.progress.note("the finals are measured layer by layer, not inside the network")
+            why = (
+                "it does not run on this machine"
+                if elsewhere
+                else f"that takes a budget of {LEAST_BUDGET:.0f}s or more"
+            )
+            self.session.progress.note(f"the finals are measured layer by layer, not inside the network: {why}")
             return
         bounds = {"max_workspace": settings.max_workspace, "max_error": settings.max_error}
         for net in self.session.networks:

@@ -68,14 +68,18 @@ def repair(path: str | os.PathLike[str]) -> Repaired:
 
 
 def thinned(records: Sequence[Record], top: int) -> list[Record]:
-    """The records that a compilation and the next tuning run need, in their order: all that were measured in turns,
-    and for each task and machine the trial of its default (the first of all where there is none: candidates of a batch
+    """The records that a compilation and the next tuning run need, in their order: of those that were measured in turns
+    the latest group of each task and stage, and for each task and machine the trial of its default (the first of all where there is none: candidates of a batch
     end in any order) and its `top` fastest; slow and failed trials go."""
     trials: dict[tuple[Task, MachineId, Versions], list[Record]] = {}
     for record in records:
         if record.stage == "trial":
             trials.setdefault((record.task, record.machine, record.versions), []).append(record)
-    kept = {id(record) for record in records if record.stage != "trial"}
+    groups: dict[tuple[Task, MachineId, Versions, str], list[Record]] = {}
+    for record in sorted(records, key=lambda record: moment(record.when)):
+        if record.stage != "trial":
+            groups.setdefault((record.task, record.machine, record.versions, record.stage), []).append(record)
+    kept = {id(record) for group in groups.values() for record in group if record.group == group[-1].group}
     for group in trials.values():
         fast = sorted((r for r in group if r.ok and r.cold), key=lambda r: (median(r.cold), r.point.title))
         untuned_point = untuned(group[0].task, group[0].machine)

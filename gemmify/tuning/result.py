@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..durations import show_duration
 from ..report import duration
+from .use import LOCAL
 
 if TYPE_CHECKING:
     from .finals import Finals
@@ -29,7 +30,8 @@ def summarize(session: Session, finals: Finals) -> dict[str, Any]:
             f"{net['ratio']:.2f} x, measured in turns"
         )
     files = sorted({str(layer.file) for layer in session.layers})
-    lines.append(f"log: {', '.join(files)}; compile uses it by itself where it finds {session.settings.logs}")
+    how = "by itself" if session.settings.logs.resolve() == LOCAL.resolve() else f"with --logs {session.settings.logs}"
+    lines.append(f"log: {', '.join(files)}; compile uses it {how}")
     return {
         "layers": rows,
         "networks": finals.networks,

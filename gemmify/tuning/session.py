@@ -310,7 +310,9 @@ class Session:
         fresh = sum(layer.fresh for layer in self.layers)
         files = ", ".join(sorted({str(layer.file) for layer in self.layers if layer.fresh}))
         return (
-            f"stopped: {fresh} trials are in {files}; the same command goes on" if fresh else "stopped before a trial"
+            f"stopped before the finals: {fresh} trials are in {files}; the same command goes on"
+            if fresh
+            else "stopped before a trial"
         )
 
     def places(self, net: Network) -> Iterator[tuple[str, Layer]]:
