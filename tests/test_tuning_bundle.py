@@ -18,6 +18,7 @@ import pytest
 from gemmify.errors import GemmifyWarning, InputError
 from gemmify.tuning.log import read
 from gemmify.tuning.measure.bundle import import_results, write_bundle
+from gemmify.tuning.measure.library import LibrarySpec, build_library
 from gemmify.tuning.measure.runner.apart import apart
 from gemmify.tuning.measure.runner.machine import cpu_model, cpuinfo
 from gemmify.tuning.measure.runner.results import append, read_results, sealed
@@ -29,21 +30,43 @@ from lowering.problem import DenseProblem
 
 CONV = Task(conv2d(16, 14, 14, 32, 3), (EpilogueOp("bias", 0), EpilogueOp("add", 1), EpilogueOp("relu")))
 DENSE = Task(DenseProblem(1, 64, 48), (EpilogueOp("bias", 0),))
-POINTS = {
-    CONV: [Point("direct", Tile(2, 16)), Point("im2col", Tile(2, 16)), Point("kn2row", Tile(2, 16))],
-    DENSE: [],
-}
+KEYS = ("direct", "im2col", "kn2row", "precomp-gemm", "indirect-gemm")  # the last two fill tables on the machine
+POINTS = {CONV: [Point(key, Tile(2, 16)) for key in KEYS], DENSE: []}
+UNBUILDABLE = Point("winograd-4", Tile(5, 16))
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked folder of a bundle of two tasks."""
     folder = tmp_path_factory.mktemp("bundle")
-    path = write_bundle(folder / "out.tar", [CONV, DENSE], POINTS, "llvm", 1, 5)
-    with tarfile.open(path) as tar:
+    asked = {CONV: [UNBUILDABLE, *POINTS[CONV]], DENSE: []}
+    with pytest.warns(GemmifyWarning, match=r"1 candidates could not be built .*winograd-4"):
+        made = write_bundle(folder / "out.tar", [CONV, DENSE], asked, "llvm", 1, 5)
+    assert (made.path, str(made), os.fspath(made)) == (folder / "out.tar", *2 * [str(folder / "out.tar")])
+    with tarfile.open(made.path) as tar:
         assert all(name.startswith("gemmify-bundle/") for name in tar.getnames())
+        assert made.left_out == 1 and made.candidates == sum(name.endswith(".so") for name in tar.getnames())
         tar.extractall(folder, filter="data")
     return folder / "gemmify-bundle"
+
+
+def test_every_candidate_has_a_library_of_its_own(bundle: Path) -> None:
+    """The first layer lacks one that could not be built: the next layer's must not take the place of its last one."""
+    candidates = json.loads((bundle / "bundle.json").read_text())["candidates"]
+    assert {c["task"] for c in candidates} == {0, 1}
+    libraries = [c["library"] for c in candidates]
+    assert len({c["id"] for c in candidates}) == len(set(libraries)) == len(libraries)
+    assert sorted(libraries) == sorted(f"libraries/{p.name}" for p in (bundle / "libraries").iterdir())
+
+
+@pytest.mark.parametrize("key", ["precomp-gemm", "indirect-gemm"])
+def test_a_table_is_filled_once(key: str, tmp_path: Path) -> None:
+    task = Task(conv2d(8, 9, 9, 16, 3, 2, 1), (EpilogueOp("relu"),))
+    spec = build_library(task, Point(key, Tile(2, 16)), "llvm", str(tmp_path / "a.so"))
+    assert LibrarySpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    tables = [call for call in spec.weights if not call.reads]
+    assert "offsets" in {call.writes for call in tables} and spec.given == ("data", "weight")
+    assert not {call.symbol for call in tables} & {call.symbol for call in spec.calls}
 
 
 def run(bundle: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

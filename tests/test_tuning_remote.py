@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tvm import rpc
 
 from gemmify.errors import GemmifyError, InputError
 from gemmify.tuning.measure.helper import Helper, HelperDied, HelperError, HelperTimeout
@@ -187,6 +188,32 @@ def test_no_device_ends_in_words(tracker: Farm) -> None:
         with pytest.raises(GemmifyError, match=r"no device of key nobody .*rpc_server --tracker"):
             next(waiting)
     assert len(said) == 1 and "knows no device of key nobody" in said[0]
+
+
+def test_waiting_ends_with_the_time_and_names_the_keys_that_are_there(tracker: Farm) -> None:
+    tracker.add("board")
+    session, until = rpc.connect_tracker(*parse_tracker(tracker.address)), time.monotonic() + 60
+    while all(server["key"] != "server:board" for server in session.summary()["server_info"]):
+        assert time.monotonic() < until, "the server did not start"
+        time.sleep(0.2)
+    session.close()
+    said: list[str] = []
+    with RemoteMeasurer("llvm", 1, tracker.address, "bord", say=said.append) as measurer:
+        begun = measurer.deadline = time.monotonic()
+        with pytest.raises(GemmifyError, match="what was measured is in the log") as raised:
+            measurer.machine()
+        assert time.monotonic() - begun < 60
+    assert "before the time was over" in str(raised.value)
+    for text in (said[-1], str(raised.value)):
+        assert "or give --key one of those that it has: " in text and "board" in text
+
+
+def test_tables_are_filled_on_the_device(tracker: Farm) -> None:
+    tracker.add("tables")
+    tables = [Point("precomp-gemm", Tile(2, 16)), Point("indirect-gemm", Tile(2, 16))]
+    with RemoteMeasurer("llvm", 1, tracker.address, "tables", device_limit=60, say=lambda _: None) as measurer:
+        found = dict(measurer.measure(TASK, tables))
+    assert [found[i].outcome for i in range(2)] == ["ok", "ok"], [m.why for m in found.values()]
 
 
 def test_a_device_that_lacks_the_features_is_not_used(tracker: Farm) -> None:

@@ -69,8 +69,8 @@ def repair(path: str | os.PathLike[str]) -> Repaired:
 
 def thinned(records: Sequence[Record], top: int) -> list[Record]:
     """The records that a compilation and the next tuning run need, in their order: of those that were measured in turns
-    the latest group of each task and stage, and for each task and machine the trial of its default (the first of all where there is none: candidates of a batch
-    end in any order) and its `top` fastest; slow and failed trials go."""
+    the latest group of each task and stage, and for each task and machine the trial of its default (the first of all
+    where there is none: candidates of a batch end in any order) and its `top` fastest; slow and failed trials go."""
     trials: dict[tuple[Task, MachineId, Versions], list[Record]] = {}
     for record in records:
         if record.stage == "trial":

@@ -271,6 +271,7 @@ class Session:
             settings.workers,
             seed=settings.seed,
             say=self.progress.note,
+            deadline=None if settings.budget is None else self.begun + settings.budget,
         )
         self._stack.enter_context(devices)
         self.where = devices.machine()
@@ -293,7 +294,7 @@ class Session:
         count = self.settings.trials or 32
         points = {layer.task: layer.search.propose(count) for layer in self.layers}
         assert self.settings.bundle is not None
-        path = write_bundle(
+        done = write_bundle(
             self.settings.bundle,
             [layer.task for layer in self.layers],
             points,
@@ -301,8 +302,8 @@ class Session:
             self.threads,
             self.settings.seed,
         )
-        candidates = sum(len(found) for found in points.values())
-        made = {"path": str(path), "bytes": Path(path).stat().st_size, "candidates": candidates}
+        size = done.path.stat().st_size
+        made = {"path": str(done.path), "bytes": size, "candidates": done.candidates, "left_out": done.left_out}
         return {"bundle": made, "logs": str(self.settings.logs), "summary": []}
 
     def stopped(self) -> str:

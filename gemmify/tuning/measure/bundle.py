@@ -20,6 +20,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +48,7 @@ from .bundle_import import import_results
 from .check import read_arrays, write_arrays
 from .runner.results import BUNDLE_FORMAT
 
-__all__ = ["import_results", "write_bundle"]
+__all__ = ["Bundle", "import_results", "write_bundle"]
 
 FOLDER = "gemmify-bundle"
 SAMPLED = 4096
@@ -61,6 +62,22 @@ main()
 _SHOWN = 3
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was written: where it is, how many candidates it holds, the untuned defaults among them, and how
+    many could not be built. It can be used as the path that it has."""
+
+    path: Path
+    candidates: int
+    left_out: int
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 def write_bundle(
     path: str | os.PathLike[str],
     tasks: Sequence[Task],
@@ -71,7 +88,7 @@ def write_bundle(
     *,
     build_limit: float = 20.0,
     run_limit: float = 10.0,
-) -> Path:
+) -> Bundle:
     """Build every point of every task for `target` and pack them into the tar `path`, complete or not at all.
 
     The untuned default of each task is packed in any case, first, so that the runner can measure the best ones in turns
@@ -107,7 +124,8 @@ def write_bundle(
         }
         (folder / "bundle.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         _add_runner(folder)
-        return write_file(path, lambda file: _tar(folder, file))
+        written = write_file(path, lambda file: _tar(folder, file))
+        return Bundle(Path(written), len(packed.candidates), len(packed.failures))
 
 
 def _add_runner(folder: Path) -> None:
@@ -158,13 +176,16 @@ class _Packing:
         self.tasks: list[dict[str, Any]] = []
         self.candidates: list[dict[str, Any]] = []
         self.failures: list[str] = []
+        self._libraries = 0
 
     def add(self, task: Task, points: Sequence[Point]) -> None:
         """Build the points of `task`, its default before all others."""
         default = Space(task, self.machine).default()
         ordered = list(dict.fromkeys([default, *points]))
-        begun, number = len(self.candidates), len(self.tasks)
-        names = [f"libraries/{begun + i}.so" for i in range(len(ordered))]
+        number = len(self.tasks)
+        names = [f"libraries/{self._libraries + i}.so" for i in range(len(ordered))]
+        self._libraries += len(ordered)  # a number belongs to one point, whether or not that can be built
+        assert not {c["library"] for c in self.candidates} & set(names), "two candidates share a library"
         building = [self.builders.submit(task, p, self.folder / name) for p, name in zip(ordered, names, strict=True)]
         with tempfile.TemporaryDirectory(prefix="gemmify-task-") as made:
             write_arrays(task, Path(made), self.seed)

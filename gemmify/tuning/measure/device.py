@@ -1,8 +1,8 @@
 """One conversation with a remote device through TVM's tracker. Runs in a `helper.Helper`, because a device that
 vanishes leaves its client waiting for ever.
 
-What it tells its parent on the way: ("waiting", how many servers the tracker knows, why), ("connecting", address),
-("setup", address, facts), ("running",): from then on the candidate's code runs.
+What it tells its parent on the way: ("waiting", how many servers of the key the tracker knows, its other keys, why),
+("connecting", address), ("setup", address, facts), ("running",): from then on the candidate's code runs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Session:
             try:
                 self.session = rpc.connect(*address, match_key, session_timeout=wanted.seconds)
             except Exception as err:  # the server went away after it had offered itself
-                tell(("waiting", _servers(wanted), f"{address[0]}:{address[1]} does not answer: {_line(err)}"))
+                tell(("waiting", *_servers(wanted), f"{address[0]}:{address[1]} does not answer: {_line(err)}"))
                 time.sleep(_ASK_EVERY)
                 continue
             self.device = self.session.cpu()
@@ -71,7 +71,7 @@ class Session:
                 return
             del self.session, self.device
             gc.collect()  # hands the device back
-            tell(("waiting", _servers(wanted), f"{address[0]}:{address[1]} cannot be used: {unfit}"))
+            tell(("waiting", *_servers(wanted), f"{address[0]}:{address[1]} cannot be used: {unfit}"))
             time.sleep(_ASK_EVERY)
 
     def _unfit(self, wanted: Wanted) -> str | None:
@@ -114,7 +114,7 @@ def _request(wanted: Wanted, tell: Tell) -> tuple[tuple[str, int], str]:
         base.recvall(sock, 4)
         base.sendjson(sock, [base.TrackerCode.REQUEST, wanted.key, "", 1])
         while not select.select([sock], [], [], _ASK_EVERY)[0]:
-            tell(("waiting", _servers(wanted), ""))
+            tell(("waiting", *_servers(wanted), ""))
         code, answer = base.recvjson(sock)
         if code != base.TrackerCode.SUCCESS:
             raise RuntimeError(f"the tracker refuses the request: {answer}")
@@ -123,12 +123,14 @@ def _request(wanted: Wanted, tell: Tell) -> tuple[tuple[str, int], str]:
         sock.close()
 
 
-def _servers(wanted: Wanted) -> int:
-    """How many servers of the key the tracker knows."""
+def _servers(wanted: Wanted) -> tuple[int, tuple[str, ...]]:
+    """How many servers of the key the tracker knows, and which other keys."""
     session = rpc.connect_tracker(*wanted.tracker)
     try:
         known = session.summary()["server_info"]
-        return sum(1 for server in known if server.get("key") == f"server:{wanted.key}")
+        keys = [str(server.get("key")).removeprefix("server:") for server in known]
+        others = sorted({key for key in keys if key.isprintable()} - {wanted.key})
+        return keys.count(wanted.key), tuple(others)
     finally:
         session.close()
 

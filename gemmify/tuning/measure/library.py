@@ -52,10 +52,10 @@ class LibrarySpec:
     """How a library is run.
 
     `tensors` holds shape and dtype of every tensor by name; those that no call writes are given: data, weight, the
-    epilogue's operands (channels last). `weights` are the calls that transform the weight, once; `calls` are those of
-    one run of the layer, and `entry` names the arguments of ENTRY, which makes them; `output` is what it leaves.
-    `views` are tensors of another shape in the memory of one that a call writes: (shape, that one). `growth` is the
-    lowering's `error_growth`.
+    epilogue's operands (channels last). `weights` are the calls that are made once, in order: they transform the
+    weight, or fill a table of offsets and read nothing. `calls` are those of one run of the layer, and `entry` names
+    the arguments of ENTRY, which makes them; `output` is what it leaves. `views` are tensors of another shape in the
+    memory of one that a call writes: (shape, that one). `growth` is the lowering's `error_growth`.
     """
 
     tensors: dict[str, tuple[tuple[int, ...], str]]
@@ -127,11 +127,11 @@ def build_library(task: Task, point: Point, target: str, path: str, lowering: Lo
     tensors, views = _tensors(task, steps), dict[str, tuple[tuple[int, ...], str]]()
     calls = []
     for name, step in zip(symbols, steps, strict=True):
-        first, *others = step.reads
-        if step.given and tensors[first][0] != step.given:
-            views[f"{first}, reshaped"] = (step.given, first)
-            first = f"{first}, reshaped"
-        calls.append(Call(name, (first, *others), step.writes))
+        reads = step.reads  # none where a weight stage is a table of what the shapes alone say
+        if step.given and tensors[reads[0]][0] != step.given:
+            views[f"{reads[0]}, reshaped"] = (step.given, reads[0])
+            reads = (f"{reads[0]}, reshaped", *reads[1:])
+        calls.append(Call(name, reads, step.writes))
     weights = tuple(call for call in calls if call.writes in weight_stages)
     acting = tuple(call for call in calls if call.writes not in weight_stages)
     entry = tuple(dict.fromkeys(["data", *(name for call in acting for name in (*call.reads, call.writes))]))

@@ -41,6 +41,8 @@ _SLOWEST_LINK = 10e6  # bytes a second that a device's network carries at least
 _DEVICE = "gemmify.tuning.measure.device"
 _SETUP = 5.0  # seconds of a session beside the run and the transfers
 _GRACE = 10.0
+_MOMENT = 5.0  # seconds without a device that are no more than the change from one piece of work to the next
+_KEYS_SHOWN = 8
 
 
 class RemoteMeasurer:
@@ -49,8 +51,9 @@ class RemoteMeasurer:
 
     `target` is what the devices are, `threads` how many threads run a layer there. A candidate may build for
     `build_limit` seconds and run for `run_limit` seconds, and its tensors may take `memory_limit` bytes. Where no
-    device can be had for `device_limit` seconds the work ends with a GemmifyError; `say` is told of the wait. `machine`
-    is what the devices are: the first one decides, and another CPU under the same key is not used.
+    device can be had for `device_limit` seconds the work ends with a GemmifyError, as it does where, past `deadline`
+    (`time.monotonic()`; may be set later), none was to be had for a moment; `say` is told of the wait. `machine` is
+    what the devices are: the first one decides, and another CPU under the same key is not used.
     Raises InputError for an address that is none, GemmifyError where no tracker answers there.
     """
 
@@ -67,6 +70,7 @@ class RemoteMeasurer:
         memory_limit: int | None = None,
         seed: int = 0,
         device_limit: float = 300.0,
+        deadline: float | None = None,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         self.target, self.threads, self.seed = resolve_target(target), threads, seed
@@ -75,6 +79,7 @@ class RemoteMeasurer:
             raise InputError(f"workers must be a whole number of at least 1, got {workers!r}")
         greet_tracker(self._address)
         self._run_limit, self._memory, self._device_limit, self._say = run_limit, memory_limit, device_limit, say
+        self.deadline = deadline
         self._said, self._lock, self._closed = "", threading.Lock(), False
         self._got_device = time.monotonic()
         self._cpu = ""
@@ -237,7 +242,7 @@ class RemoteMeasurer:
                         raise GemmifyError("the measurer was closed") from err
                     judge(err, tried)
                     if tried.phase == "waiting":
-                        self._wait(tried, 0, str(err))
+                        self._wait(tried, 0, (), str(err))
                         time.sleep(1.0)
         finally:
             self._free.put(helper)
@@ -246,7 +251,7 @@ class RemoteMeasurer:
         """Note how far a piece of work came; the limit of what comes next, in seconds."""
         tried.phase = news[0]
         if news[0] == "waiting":
-            self._wait(tried, news[1], news[2])
+            self._wait(tried, *news[1:])
             return START_LIMIT
         if news[0] == "connecting":
             return 20.0
@@ -258,22 +263,31 @@ class RemoteMeasurer:
                 self._cores = self._cores or news[2]["cores"] or self.threads
         return seconds + _GRACE
 
-    def _wait(self, tried: Try, servers: int, why: str) -> None:
-        """No device yet: say so once, and give up after `device_limit` seconds without one."""
+    def _wait(self, tried: Try, servers: int, others: tuple[str, ...], why: str) -> None:
+        """No device yet: say so once, and give up after `device_limit` seconds without one or at the deadline. The
+        tracker knows `servers` of the key, and the keys `others`."""
         start = f"python -m tvm.exec.rpc_server --tracker {self._address[0]}:{self._address[1]} --key {self._key}"
         place = f"the tracker {self._address[0]}:{self._address[1]}"
+        if others and not servers and not why:
+            shown = ", ".join(others[:_KEYS_SHOWN]) + (", ..." if len(others) > _KEYS_SHOWN else "")
+            start = f"{start}`, or give --key one of those that it has: {shown}"
+        else:
+            start += "`"
         if why:
             text = f"waiting for a device of key {self._key} at {place}: {why}"
         elif servers == 0:
-            text = f"waiting: {place} knows no device of key {self._key}; start one with `{start}`"
+            text = f"waiting: {place} knows no device of key {self._key}; start one with `{start}"
         else:
             text = f"waiting: all {servers} devices of key {self._key} at {place} are busy"
         with self._lock:
-            waited = time.monotonic() - max(self._got_device, tried.since)
-            if waited > self._device_limit:
+            clock = time.monotonic()
+            waited = clock - max(self._got_device, tried.since)
+            over = self.deadline is not None and clock > self.deadline and waited > _MOMENT
+            if over or waited > self._device_limit:
+                end = "before the time was over" if over else f"for {self._device_limit:g} s"
                 raise GemmifyError(
-                    f"no device of key {self._key} could be had from {place} for {self._device_limit:g} s "
-                    f"({why or f'it knows {servers}'}); start one on the device with `{start}`"
+                    f"no device of key {self._key} could be had from {place} {end} ({why or f'it knows {servers}'}); "
+                    f"what was measured is in the log; start one on the device with `{start}"
                 )
             # A moment's wait, as between two trials on one device, is nothing to speak of.
             if waited > 2.0 and text != self._said and not (servers and not why):
