@@ -205,7 +205,7 @@ class Lowering(ABC, Generic[ProblemT]):
             raise ValueError(f"{self.key} {reason}")
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.tile == self.tile and other.sizes == self.sizes
+        return type(other) is type(self) and vars(other) == vars(self)  # a subclass may hold more
 
     def __hash__(self) -> int:
         return hash((type(self), self.tile, self.sizes))

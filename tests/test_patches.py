@@ -52,13 +52,13 @@ def test_numbers_and_scratch(key: str, name: str, monkeypatch: pytest.MonkeyPatc
         assert layer.workspace_bytes + sum(hidden.values()) == cost.scratch(threads)
 
 
-def _no_other_rule(func: object, machine: object) -> None:
+def _no_other_rule(func: object, machine: object, knobs: object) -> None:
     """A weight's packing has no rule of its own here; everything else must have been taken by the first."""
     del machine
     sch = s_tir.Schedule(func)  # type: ignore[arg-type]
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     assert len(blocks) == 1, "an annotated function fell through to the generic rules"
-    return rules._fallback(func, Machine.from_target(parse_target("llvm")))  # type: ignore[arg-type, return-value]
+    return rules._fallback(func, Machine.from_target(parse_target("llvm")), knobs)  # type: ignore[arg-type, return-value]
 
 
 def test_scratch_by_hand() -> None:

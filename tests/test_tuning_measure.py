@@ -289,7 +289,7 @@ import lowering, psutil
 import test_tuning_measure as t
 from gemmify.tuning.measure.local import LocalMeasurer
 lowering.register(t.Hangs())
-with LocalMeasurer("llvm", t.THREADS, run_limit=60) as measurer:
+with LocalMeasurer("llvm", t.THREADS, build_limit=60, run_limit=60) as measurer:
     measurer.prepare(t.TASK)
     found = measurer.measure(t.TASK, [t.GOOD, t.toy(t.Hangs)])
     print("good", next(found)[1].outcome, measurer._folder, flush=True)
