@@ -301,7 +301,11 @@ def _started() -> tuple[subprocess.Popen[str], Path, list[psutil.Process]]:
     """A process that measures a candidate which hangs, its folder, and all processes below it."""
     script = _SCRIPT.format(tests=str(Path(__file__).parent))
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
     )
     assert process.stdout is not None
     good, outcome, folder = process.stdout.readline().split()
