@@ -121,10 +121,7 @@ def breakdown(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, A
     """`{kinds, conv_fc_share, layers}` of the rows of `kernel_rows`, the layers in their order with their shares."""
     found = kinds(rows)
     total = sum(row["seconds"] for row in rows) or 1.0
-    spent: dict[str, float] = {}
-    for row in rows:
-        if row["layer"] is not None:
-            spent[row["layer"]] = spent.get(row["layer"], 0.0) + row["seconds"]
+    spent = layer_seconds(rows)
     table = []
     for layer in layers:
         seconds = spent.get(layer["name"], 0.0)
@@ -227,6 +224,15 @@ def kernel_rows(kernels: Sequence[Sequence[Any]], layers: Sequence[Mapping[str, 
             }
         )
     return rows
+
+
+def layer_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each layer by name, all its kernels together, from the rows of `kernel_rows`."""
+    spent: dict[str, float] = {}
+    for row in rows:
+        if row["layer"] is not None:
+            spent[row["layer"]] = spent.get(row["layer"], 0.0) + row["seconds"]
+    return spent
 
 
 def _layer_kind(layer: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def measure_engines(
             )
             engines[name] = {"version": reply["version"], "load": reply["seconds"]}
             progress(f"{name} {reply['version']} loaded in {reply['seconds']:.2f} s")
-        outputs = {name: _outputs(worker, folder / f"{name}.npz") for name, worker in workers.items()}
+        outputs = {name: outputs_of(worker, folder / f"{name}.npz") for name, worker in workers.items()}
         times, idle = _rounds(workers, repeat, between, progress)
         for name, engine in engines.items():
             engine.update(times=times[name], idle=idle[name], **summarize(times[name]))
@@ -66,7 +66,8 @@ def measure_engines(
     return {"engines": engines, "outputs": outputs, "kernels": kernels}
 
 
-def _outputs(worker: WorkerProcess, path: Path) -> list[np.ndarray]:
+def outputs_of(worker: WorkerProcess, path: Path) -> list[np.ndarray]:
+    """The outputs of one run of the worker's engine, in order; they pass through the file `path`."""
     worker.ask("outputs", path=str(path))
     with np.load(path) as data:
         return [data[key] for key in data.files]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..bench.rounds import SETTLE_SECONDS
 from ..errors import GemmifyError
 from .budget import MOST_RESERVE, Budget
+from .history import fastest_first
 from .inside import BURST, PROFILED, Inside, Variants
 from .layers import Network
 from .measure.job import Measured
@@ -100,8 +101,8 @@ class Finals:
 
     def _alone(self, number: int, layer: Layer, in_time: bool) -> list[Point]:
         """Step 1 for one task; its finalists, the best first (without the default)."""
-        times = [(s, p.title, p) for p, s in layer.search.results.items() if s is not None and p != layer.default]
-        points = [point for _, _, point in sorted(times, key=lambda item: item[:2])[:RANKED]]
+        times = ((s, p) for p, s in layer.search.results.items() if s is not None and p != layer.default)
+        points = fastest_first(times)[:RANKED]
         if not points or not layer.fresh or not in_time:
             return points
         field = [layer.default, *points]
@@ -109,8 +110,7 @@ class Finals:
         group = f"{self.session.id}-{number}"
         for point, measured in zip(field, found, strict=True):
             self.session.log(layer, point, measured, "final", group)
-        passed = [(median(m.cold), p.title, p) for p, m in zip(field, found, strict=True) if m.ok and p in points]
-        return [point for _, _, point in sorted(passed, key=lambda item: item[:2])]
+        return fastest_first((median(m.cold), p) for p, m in zip(field, found, strict=True) if m.ok and p in points)
 
     def _whole(self, number: int, net: Network, variants: Variants, ranked: dict[Any, list[Point]]) -> None:
         """Steps 2 and 3 for one network."""

@@ -44,7 +44,7 @@ class History:
 
     def seeds_for(self, task: Task) -> list[Point]:
         """The points to try first on `task`: what other versions found for it, then what won on similar layers."""
-        found = [point for _, point in sorted(self.seeds.get(task, []), key=_order)][:MOST_SEEDS]
+        found = fastest_first(self.seeds.get(task, []))[:MOST_SEEDS]
         near = [(d, other) for other in self._tasks() if (d := distance(task, other)) is not None]
         # A title does not tell all of a task (its padding, say): tasks that share one are told apart by all of them.
         for _, other in sorted(near, key=lambda item: (item[0], item[1].title, repr(item[1])))[:SIMILAR]:
@@ -60,11 +60,12 @@ class History:
 
     def _best(self, task: Task) -> list[Point]:
         times = [(median(r.cold), r.point) for r in self.known.get(task, ()) if r.ok and r.cold]
-        return [point for _, point in sorted(times + self.seeds.get(task, []), key=_order)]
+        return fastest_first(times + self.seeds.get(task, []))
 
 
-def _order(item: tuple[float, Point]) -> tuple[float, str]:
-    return item[0], item[1].title
+def fastest_first(times: Iterable[tuple[float, Point]]) -> list[Point]:
+    """The points of (seconds, point), the least time in front; equal times go by the point's text."""
+    return [point for _, point in sorted(times, key=lambda item: (item[0], item[1].title))]
 
 
 def distance(task: Task, other: Task) -> float | None:

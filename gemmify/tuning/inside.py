@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..bench.network import kernel_rows
+from ..bench.network import kernel_rows, layer_seconds
 from ..bench.peers import OURS
 from ..bench.process import WorkerProcess
-from ..bench.rounds import SETTLE_SECONDS, agreement
+from ..bench.rounds import SETTLE_SECONDS, agreement, outputs_of
 from ..errors import CheckError
 from ..runtime import compile_to_model, random_inputs
 from .layers import Network
@@ -84,7 +84,7 @@ class Variants:
             outputs = []
             for i, (worker, (path, _)) in enumerate(zip(workers, made, strict=True)):
                 worker.ask("load", engine=OURS, model=str(path), threads=self.threads, inputs=str(self._inputs))
-                outputs.append(_outputs(worker, self._folder / f"out{i}.npz"))
+                outputs.append(outputs_of(worker, self._folder / f"out{i}.npz"))
                 worker.pause()
             self._compare(outputs)
             layers: list[dict[str, list[float]]] = [{} for _ in workers]
@@ -96,7 +96,7 @@ class Variants:
                     network[i] += workers[i].ask("burst", runs=BURST, drop=2)["seconds"]
                     kernels = workers[i].ask("profile", repeat=PROFILED)["kernels"]
                     workers[i].pause()
-                    for name, seconds in _by_layer(made[i][1], kernels).items():
+                    for name, seconds in layer_seconds(kernel_rows(kernels, made[i][1])).items():
                         layers[i].setdefault(name, []).append(seconds)
         return Inside(tuple(layers), tuple(network))
 
@@ -117,18 +117,3 @@ class Variants:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _outputs(worker: WorkerProcess, path: Path) -> list[np.ndarray]:
-    worker.ask("outputs", path=str(path))
-    with np.load(path) as data:
-        return [data[key] for key in data.files]
-
-
-def _by_layer(layers: Sequence[Mapping[str, Any]], kernels: Sequence[Sequence[Any]]) -> dict[str, float]:
-    """Seconds of each layer, from (kernel, seconds) in the order of the calls."""
-    found: dict[str, float] = {}
-    for row in kernel_rows(kernels, layers):
-        if row["layer"] is not None:
-            found[row["layer"]] = found.get(row["layer"], 0.0) + row["seconds"]
-    return found

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..durations import show_duration
 from ..report import duration
 
 
@@ -160,7 +161,5 @@ def _sum(parts: Iterable[tuple[float | None, int]]) -> float | None:
 
 
 def span(seconds: float) -> str:
-    """Seconds as a clock shows them: `0:07`, `15:00`, `2:00:00`."""
-    whole = max(0, int(seconds))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+    """Whole seconds that have passed, as a clock shows them: `0:07`, `15:00`, `2:00:00`."""
+    return show_duration(int(seconds))

@@ -68,7 +68,7 @@ class Candidate:
         """Copy the arrays that the steps read into memory of TVM's own, as a network's tensors are, poison all that
         they write, and fix the calls."""
         given = {"data": want.data, "weight": want.weight, **self.packed}
-        given |= {_operand(i): operand for i, operand in enumerate(want.operands)}
+        given |= {operand_name(i): operand for i, operand in enumerate(want.operands)}
         read = {name for step in self.steps for name in step.reads}
         self._memory = {name: placed(array.shape, array) for name, array in given.items() if name in read}
         self._memory |= {step.writes: placed(step.shape, poison(step.dtype), step.dtype) for step in self.steps}
@@ -83,7 +83,7 @@ class Candidate:
     def recent(self) -> list[np.ndarray]:
         """The memory that a network has used lately when it comes to this layer, the input last: its activations and
         workspaces lie in an arena that every layer uses. Not the weights."""
-        operands = [_operand(op.operand) for op in self.ops if op.operand is not None]
+        operands = [operand_name(op.operand) for op in self.ops if op.operand is not None]
         written = [step.writes for step in reversed(self.steps)]
         return [self._memory[name].view for name in dict.fromkeys([*written, *operands, "data"])]
 
@@ -134,7 +134,7 @@ def build(job: Job, machine: Machine, target: tvm.target.Target) -> Candidate:
         raise ValueError(f"{lowering.key} does not apply: {reason}")
     kernels = layer_kernels(lowering, problem, machine, ops, job.tile, job.schedule)
     packed = fold_weights(lowering, problem, kernels, Path(job.folder))
-    steps = list(_steps(kernels, ops, packed, machine))
+    steps = list(steps_of(kernels, ops, packed, machine))
     names = [f"kernel{i}" for i in range(len(steps))]
     funcs = {name: step.func.with_attr("global_symbol", name) for name, step in zip(names, steps, strict=True)}
     module = tvm.compile(tvm.IRModule(funcs), target=target, tir_pipeline=TIR_PIPELINE)
@@ -142,11 +142,11 @@ def build(job: Job, machine: Machine, target: tvm.target.Target) -> Candidate:
     return Candidate(problem, ops, kernels.cost, steps, [module[name] for name in names], packed)
 
 
-def _steps(kernels: LayerKernels, ops: Sequence[EpilogueOp], packed: Arrays, machine: Machine) -> Iterator[Step]:
+def steps_of(kernels: LayerKernels, ops: Sequence[EpilogueOp], packed: Arrays, machine: Machine) -> Iterator[Step]:
     """The kernels of one call in order, with the conversions that `gemmify.lower` puts around the lowering."""
     problem = kernels.problem
     operands = {op.operand: op for op in ops if op.operand is not None}
-    names = [_operand(i) for i in sorted(operands)]
+    names = [operand_name(i) for i in sorted(operands)]
     data = "data"
     converts = kernels.lowering.layout == "NCHW" and isinstance(problem, ConvProblem)
     if converts:
@@ -166,7 +166,8 @@ def _steps(kernels: LayerKernels, ops: Sequence[EpilogueOp], packed: Arrays, mac
         yield _conversion(kernels.kernels[-1].name, _OUTPUT, shape, False, problem.dtype, machine)
 
 
-def _operand(index: int) -> str:
+def operand_name(index: int) -> str:
+    """What a step calls the epilogue's operand `index`."""
     return f"operand {index}"
 
 

@@ -31,7 +31,7 @@ from ...manifest import target_triple
 from ...pipeline_build import TIR_PIPELINE
 from ..point import Point
 from ..task import Task
-from .candidate import Step, _operand, _steps
+from .candidate import Step, operand_name, steps_of
 
 ENTRY = "layer"
 FLUSH = "cache_flush_cpu_non_first_arg"
@@ -121,7 +121,7 @@ def build_library(task: Task, point: Point, target: str, path: str, lowering: Lo
         raise ValueError(f"{lowering.key} does not apply: {reason}")
     kernels = layer_kernels(lowering, problem, machine, task.epilogue, point.tile, point.schedule)
     weight_stages = {kernel.name for kernel in kernels.kernels if kernel.kind == "weight"}
-    steps = list(_steps(kernels, task.epilogue, {}, machine))
+    steps = list(steps_of(kernels, task.epilogue, {}, machine))
     symbols = [f"kernel{i}" for i in range(len(steps))]
     funcs = {name: step.func.with_attr("global_symbol", name) for name, step in zip(symbols, steps, strict=True)}
     tensors, views = _tensors(task, steps), dict[str, tuple[tuple[int, ...], str]]()
@@ -148,7 +148,7 @@ def _tensors(task: Task, steps: Sequence[Step]) -> dict[str, tuple[tuple[int, ..
     found = {"data": (activation_shape(problem), dtype), "weight": (weight_shape(problem), dtype)}
     for op in task.epilogue:
         if op.operand is not None:
-            found[_operand(op.operand)] = (operand_shape(op, problem, "NHWC"), dtype)
+            found[operand_name(op.operand)] = (operand_shape(op, problem, "NHWC"), dtype)
     return found | {step.writes: (step.shape, step.dtype) for step in steps}
 
 
