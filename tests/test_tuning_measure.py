@@ -24,6 +24,7 @@ from gemmify.layer_reference import random_arrays
 from gemmify.tuning.measure import check, sampling
 from gemmify.tuning.measure.job import Measured
 from gemmify.tuning.measure.local import LocalMeasurer
+from gemmify.tuning.measure.processes import Child
 from gemmify.tuning.point import Point, knobs
 from gemmify.tuning.task import Task
 from lowering import Stage, Tile, conv2d
@@ -212,6 +213,29 @@ def test_results_come_as_they_are_known(measurer: LocalMeasurer) -> None:
     assert outcomes(measurer, [GOOD])[0].ok
 
 
+def test_those_built_first_are_timed_first(measurer: LocalMeasurer, monkeypatch: pytest.MonkeyPatch) -> None:
+    measurer.prepare(TASK)
+    processes, fork, settle = measurer._processes, measurer._processes.fork, measurer._settle
+    children: list[Child] = []
+
+    def forked(payload: bytes) -> Child:
+        children.append(fork(payload))
+        if len(children) == 1:
+            processes.signal(children[0], "stop")
+        return children[-1]
+
+    def settled(trial: Any, *arguments: Any) -> Any:
+        if trial.index == 1:
+            processes.signal(children[0], "continue")
+        return settle(trial, *arguments)
+
+    monkeypatch.setattr(measurer, "_builders", 2)
+    monkeypatch.setattr(processes, "fork", forked)
+    monkeypatch.setattr(measurer, "_settle", settled)
+    found = list(measurer.measure(TASK, [GOOD, toy(Segfault)]))
+    assert [(index, measured.outcome) for index, measured in found] == [(1, "crash"), (0, "ok")]
+
+
 def test_a_slow_candidate_is_given_up(measurer: LocalMeasurer) -> None:
     (found,) = outcomes(measurer, [GOOD], give_up=1e-9)
     assert found.ok and len(found.cold) == 2 and len(found.warm) == 1
@@ -291,8 +315,10 @@ from gemmify.tuning.measure.local import LocalMeasurer
 lowering.register(t.Hangs())
 with LocalMeasurer("llvm", t.THREADS, build_limit=60, run_limit=60) as measurer:
     measurer.prepare(t.TASK)
+    measurer._builders = 1  # two at once may be done in either order, and the first one that is built is run first
     found = measurer.measure(t.TASK, [t.GOOD, t.toy(t.Hangs)])
-    print("good", next(found)[1].outcome, measurer._folder, flush=True)
+    index, good = next(found)
+    print(index, good.outcome, measurer._folder, flush=True)
     next(found)
 """
 
@@ -308,10 +334,14 @@ def _started() -> tuple[subprocess.Popen[str], Path, list[psutil.Process]]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
     )
     assert process.stdout is not None
-    good, outcome, folder = process.stdout.readline().split()
-    assert (good, outcome) == ("good", "ok")
-    below = psutil.Process(process.pid).children(recursive=True)
-    assert len(below) == 2, "the server and the candidate that hangs"
+    try:
+        index, outcome, folder = process.stdout.readline().split()
+        assert (index, outcome) == ("0", "ok")
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) == 2, "the server and the candidate that hangs"
+    except BaseException:
+        process.kill()
+        raise
     return process, Path(folder), below
 
 
@@ -342,3 +372,29 @@ def test_candidates_die_with_the_server() -> None:
     process.wait(10)
     shutil.rmtree(folder, ignore_errors=True)  # both who would have removed it were killed
     assert not alive
+
+
+_STARTS = """
+import os, sys
+from pathlib import Path
+from gemmify.tuning.measure.processes import Processes
+from gemmify.tuning.measure.arrays import private_folder
+from gemmify.tuning.measure.server import Config
+folder = private_folder()
+print(folder, flush=True)
+Processes(Config("llvm", 1, 1 << 20, str(folder)))
+"""
+
+
+def test_nothing_is_left_of_a_server_whose_parent_ends_while_it_starts() -> None:
+    process = subprocess.Popen([sys.executable, "-c", _STARTS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    folder = Path(process.stdout.readline().strip())
+    end = time.monotonic() + 60
+    while not (below := psutil.Process(process.pid).children()) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.kill()
+    process.wait(20)
+    assert below and folder.exists()
+    psutil.wait_procs(below, timeout=60)
+    assert not folder.exists()

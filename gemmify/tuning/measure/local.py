@@ -118,7 +118,8 @@ class LocalMeasurer:
     def measure(
         self, task: Task, points: Sequence[Point], give_up: float | None = None
     ) -> Iterator[tuple[int, Measured]]:
-        """Build, check and time every point; yields (index in `points`, result) as soon as each is known.
+        """Build, check and time every point; yields (index in `points`, result) as soon as each is known, in no fixed
+        order: of candidates that are built at the same time the one that is done first is timed first.
 
         A candidate that is more than 2.5 times slower than `give_up` seconds (the best cold time known; one found in
         this batch takes its place) has two cold samples only.

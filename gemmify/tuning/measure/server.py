@@ -48,17 +48,19 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone decides
     control = socket.socket(fileno=descriptor)
     config: Config = pickle.loads(control.recv(1 << 16))
+    server = _Server(control, config, parent)
     try:
-        prepared = _prepare(config)
-    except Exception as error:
-        control.send(f"failed {type(error).__name__}: {error}".encode()[:4000])
-        return
-    gc.collect()
-    gc.disable()  # a child lives too briefly to collect, and must not touch, and so copy, what it was forked with
-    control.send(b"ready")
-    server = _Server(control, config, prepared, parent)
-    try:
+        try:
+            server.prepared = _prepare(config)
+        except Exception as error:
+            control.send(f"failed {type(error).__name__}: {error}".encode()[:4000])
+            return
+        gc.collect()
+        gc.disable()  # a child lives too briefly to collect, and must not touch, and so copy, what it was forked with
+        control.send(b"ready")
         server.run()
+    except BrokenPipeError:
+        return  # the parent ended meanwhile
     finally:
         server.end()
 
@@ -89,8 +91,8 @@ def _prepare(config: Config) -> Any:
 class _Server:
     control: socket.socket
     config: Config
-    prepared: Any
     parent: int
+    prepared: Any = None
     children: dict[int, int] = field(default_factory=dict)  # process -> number
 
     def run(self) -> None:
