@@ -73,6 +73,8 @@ class Processes:
         self._number = 0
         self._exits: dict[int, int] = {}
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Before the process is there: where this one ends in the next moment, it must know which folder to remove.
+        self._control.send(pickle.dumps(config))
         with theirs, (self._folder / "server.txt").open("ab") as said:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _RUN, json.dumps(sys.path), str(theirs.fileno())],
@@ -84,7 +86,6 @@ class Processes:
                 start_new_session=True,
             )
         try:
-            self._control.send(pickle.dumps(config))
             self._await_ready()
         except BaseException:
             self.close()
