@@ -1,4 +1,5 @@
-"""What a user writes for a target, as a checked TVM target: `"llvm"`, `"llvm -mcpu=x86-64-v3"`, a dict, a JSON text."""
+"""What a user writes for a target, as a checked TVM target: `"llvm"`, `"llvm -mcpu=x86-64-v3"`, `"cuda -arch=sm_90"`, a
+dict, a JSON text."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tvm.target import Target, codegen
 from .host import host_cores
 
 _INT_OPTIONS = ("num-cores", "opt-level", "vector-width", "max_num_threads", "thread_warp_size")
+_FLAGS = ("tf32",)  # options without a value
 # Server cores with AVX-512, in order of age, and the features by which they are told apart.
 _SERVERS = ("skylake-avx512", "cascadelake", "icelake-server", "sapphirerapids", "graniterapids", "znver4", "znver5")
 _VECTOR = ("avx", "amx", "fma", "f16c")
@@ -81,9 +83,10 @@ def hidden_features(implied: frozenset[str], present: Mapping[str, bool]) -> lis
 def parse_target(spec: str | Mapping[str, Any] | Target) -> Target:
     """A checked TVM target from what a user writes.
 
-    `"llvm"` is this machine; `"llvm -mcpu=x86-64-v3"` and `"cuda -arch=sm_90"` name options; a JSON text, a dict, one
-    of TVM's target tags and a Target are taken as they are. Raises TargetError for what cannot be compiled for: an
-    unknown kind or option, a CPU name that LLVM does not know (the message names close ones).
+    `"llvm"` is this machine; `"llvm -mcpu=x86-64-v3"` and `"cuda -arch=sm_80,sm_90 -tf32"` name options; a JSON text, a
+    dict, one of TVM's target tags and a Target are taken too. What a cuda target takes: `schedules.cuda.target`. Raises
+    TargetError for what cannot be compiled for: an unknown kind or option, a CPU name that LLVM does not know (the
+    message names close ones), a GPU architecture that is unknown, or missing where no GPU is present.
     """
     if isinstance(spec, Target):
         return _checked(spec, str(spec))
@@ -95,9 +98,7 @@ def parse_target(spec: str | Mapping[str, Any] | Target) -> Target:
     if config.get("kind") == "llvm":
         config.setdefault("num-cores", host_cores())
     if config.get("kind") == "cuda":
-        if "arch" not in config and not tvm.cuda(0).exist:
-            raise TargetError(f"target {spec!r} needs an architecture where no GPU is present: try 'cuda -arch=sm_90'")
-        config.setdefault("host", _config_of(host_target()))
+        return _cuda(config, spec)
     _check_cpu_name(config, spec)
     try:
         return Target(config)
@@ -127,12 +128,21 @@ def _parse_text(text: str) -> dict[str, Any] | Target:
         key, sep, value = word.lstrip("-").partition("=")
         if not word.startswith("-") or not key:
             raise TargetError(f"target {text!r}: expected an option such as -mcpu=x86-64-v3, found {word!r}")
+        if key in _FLAGS:
+            config[key] = _flag(text, key, value)
+            continue
         if not sep:
             value = next(words, "")
         if not value:
             raise TargetError(f"target {text!r}: option -{key} needs a value, as in -{key}=...")
         config[key] = _option_value(text, key, value)
     return config
+
+
+def _flag(text: str, key: str, value: str) -> bool:
+    if value.lower() not in ("", "1", "0", "true", "false"):
+        raise TargetError(f"target {text!r}: -{key} is a switch, write -{key} or leave it out, got {value!r}")
+    return value.lower() not in ("0", "false")
 
 
 def _option_value(text: str, key: str, value: str) -> Any:
@@ -174,7 +184,16 @@ def _check_triple(triple: str, spec: object) -> None:
     raise TargetError(f"target {spec!r}: LLVM knows no architecture {arch!r}; did you mean {', '.join(close)}?")
 
 
+def _cuda(config: Mapping[str, Any], spec: object) -> Target:
+    from .cuda.target import cuda_target
+
+    return cuda_target(config, spec)
+
+
 def _checked(target: Target, text: str) -> Target:
+    if str(target.kind) == "cuda":
+        host = {} if target.host is None else {"host": target.host}
+        return _cuda({"kind": "cuda", **{str(k): v for k, v in target.attrs.items()}, **host}, text)
     _check_cpu_name({"kind": str(target.kind), **{str(k): v for k, v in target.attrs.items()}}, text)
     return target
 
