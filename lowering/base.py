@@ -134,7 +134,8 @@ class Stage:
     `reads` names its operands: `"data"`, `"weight"`, or the name of an earlier stage; `compute` takes one te.Tensor for
     each and returns the te.Tensor that it writes. `kind` says what that tensor is. A weight stage is stored in the
     problem's dtype; `wide` stores it in the dtype of the arithmetic, because its values are computed, not moved, or
-    because the GEMM reads them one by one, so that each would be widened on its own.
+    because the GEMM reads them one by one, so that each would be widened on its own. `moves` says of a workspace that
+    its values are those of what it reads, in another order, or zeros: a staged problem stores it in its own dtype.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Stage:
     compute: Callable[..., te.Tensor]
     kind: Literal["weight", "workspace", "output"]
     wide: bool = False
+    moves: bool = False
 
 
 class Lowering(ABC, Generic[ProblemT]):
@@ -163,6 +165,8 @@ class Lowering(ABC, Generic[ProblemT]):
     layout: Literal["NHWC", "NCHW"] = "NHWC"
     same_macs = True
     """Whether its GEMMs are the definition's multiply-adds, no more and no fewer."""
+    computes_operands = False
+    """Whether what its GEMMs multiply is computed from input and weights (transforms), not moved or read in place."""
     size_names: tuple[str, ...] = ()
     """The names that `choices` may give on any problem."""
 

@@ -79,7 +79,7 @@ class CctBalanced(Lowering):
 
     def axes(self, problem: Problem) -> GemmAxes:
         assert isinstance(problem, ConvProblem)
-        row = problem.kernel[-1] * problem.c * problem.scratch_element
+        row = problem.kernel[-1] * problem.c * problem.moved_element
         return GemmAxes(
             problem.n, prod(_rows(problem)), _columns(problem), _depth(problem), problem.groups, row_bytes=row
         )
@@ -89,7 +89,7 @@ class CctBalanced(Lowering):
         rows, columns, depth, groups = prod(_rows(problem)), _columns(problem), _depth(problem), problem.groups
         padded_columns = ceil_div(columns, tile.nr) * tile.nr
         workspace = {
-            "cct_lowered": problem.scratch_element * problem.n * rows * groups * depth,
+            "cct_lowered": problem.moved_element * problem.n * rows * groups * depth,
             "cct_product": problem.scratch_element * problem.n * rows * groups * columns,
         }
         weights = problem.element * groups * padded_columns * depth
@@ -107,7 +107,7 @@ class CctBalanced(Lowering):
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
         return (
-            Stage("cct_lowered", ("data",), lambda data: _lower(problem, data), "workspace"),
+            Stage("cct_lowered", ("data",), lambda data: _lower(problem, data), "workspace", moves=True),
             Stage("packed", ("weight",), lambda weight: _pack(problem, tile, weight), "weight"),
             Stage(
                 "cct_product",

@@ -20,6 +20,7 @@ from .base import (
     require_conv,
 )
 from .problem import ConvProblem, DenseProblem, Problem
+from .staged import as_staged
 from .tile_gemm import pack_panels, read_panels, tile_gemm
 from .window import wide_bytes, wide_stage
 
@@ -31,7 +32,10 @@ def as_dense(problem: Problem) -> DenseProblem | None:
     if not isinstance(problem, ConvProblem):
         return None
     covers = problem.kernel == problem.size and not problem.padded and problem.groups == 1
-    return DenseProblem(problem.n, problem.c * problem.taps, problem.m, problem.dtype) if covers else None
+    if not covers:
+        return None
+    flat = DenseProblem(problem.n, problem.c * problem.taps, problem.m, problem.dtype)
+    return as_staged(flat) if problem.staged else flat
 
 
 class Dense(Lowering):
@@ -62,7 +66,7 @@ class Dense(Lowering):
     def axes(self, problem: Problem) -> GemmAxes:
         dense = as_dense(problem)
         assert dense is not None
-        return GemmAxes(1, dense.n, dense.m, dense.c, row_bytes=dense.c * dense.scratch_element)
+        return GemmAxes(1, dense.n, dense.m, dense.c, row_bytes=dense.c * dense.moved_element)
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         dense = as_dense(problem)

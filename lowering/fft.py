@@ -54,6 +54,7 @@ class Fft(Lowering):
     """
 
     same_macs = False
+    computes_operands = True
     size_names = ("points",)
     key = "fft"
     summary = "complex GEMMs between Fourier transforms of overlapping tiles"
@@ -65,6 +66,8 @@ class Fft(Lowering):
         if (reason := require_conv(problem)) is not None:
             return reason
         assert isinstance(problem, ConvProblem)
+        if problem.staged:
+            return Reason("needs lines of a tile in scratch between its passes, got kernels without scratch of their own")
         if any(s != 1 for s in problem.stride[-2:]):
             return Reason(f"needs stride 1 in height and width, got {'x'.join(map(str, problem.stride))}")
         reach = reach_of(problem)

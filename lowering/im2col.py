@@ -17,6 +17,7 @@ from .base import (
     Stage,
     Tile,
     ceil_div,
+    dtype_of,
     no_epilogue,
     require_conv,
     zero,
@@ -44,8 +45,8 @@ class Im2col(Lowering):
     channels first, as in Caffe. L is stored in panels of the register tile's width, `[Ho Wo / nr][K^2 C][nr]`, so that
     the GEMM reads it front to back; the columns are rounded up to `nr`, and the scratch is `e C K^2 roundup(Ho Wo, nr)`
     bytes (all `C` channels, with groups too): a workspace for one image, and for a batch a buffer of the kernel, which
-    all threads fill and then multiply, image after image. Source: Chellapilla et al. 2006; Jia, "Convolution in Caffe:
-    a memo"; the panels as in Goto & van de Geijn 2008, section 4.
+    all threads fill and then multiply, image after image (staged: a workspace of the whole batch). Source: Chellapilla
+    et al. 2006; Jia, "Convolution in Caffe: a memo"; the panels as in Goto & van de Geijn 2008, section 4.
     """
 
     key = "im2col"
@@ -66,17 +67,17 @@ class Im2col(Lowering):
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
         size = column_bytes(problem, 1, tile)
-        if problem.n == 1:
-            return column_cost(problem, 1, tile, {"im2col": size})
+        if problem.n == 1 or problem.staged:
+            return column_cost(problem, 1, tile, {"im2col": problem.n * size})
         copied = problem.n * size // problem.scratch_element
         return in_shared_block(column_cost(problem, 1, tile, {}), copied, size)
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
         weight = pack_rows_stage(problem, tile)
-        if problem.n == 1:
+        if problem.n == 1 or problem.staged:
             return (
-                Stage("im2col", ("data",), lambda data: unroll(problem, 1, tile, data, WHOLE), "workspace"),
+                Stage("im2col", ("data",), lambda data: unroll(problem, 1, tile, data, WHOLE), "workspace", moves=True),
                 weight,
                 Stage("gemm", ("im2col", "packed"), lambda l, w: _gemm(problem, tile, epilogue, l, w), "output"),
             )
@@ -90,7 +91,7 @@ class Im2col(Lowering):
 def column_bytes(problem: ConvProblem, images: int, tile: Tile) -> int:
     """Bytes of the columns of `images` images, a whole number of panels: `e C K^2 roundup(images Ho Wo, nr)`."""
     columns = ceil_div(images * problem.pixels, tile.nr) * tile.nr
-    return problem.scratch_element * problem.c * problem.taps * columns
+    return problem.moved_element * problem.c * problem.taps * columns
 
 
 def column_cost(problem: ConvProblem, images: int, tile: Tile, workspace: dict[str, int]) -> LoweringCost:
@@ -98,7 +99,7 @@ def column_cost(problem: ConvProblem, images: int, tile: Tile, workspace: dict[s
     k, blocks = problem.taps * problem.c_group, problem.n // images
     rows = ceil_div(problem.m_group, tile.mr) * tile.mr
     columns = ceil_div(images * problem.pixels, tile.nr) * tile.nr
-    weights, total = problem.scratch_element * problem.groups * rows * k, sum(workspace.values())
+    weights, total = problem.moved_element * problem.groups * rows * k, sum(workspace.values())
     return LoweringCost(
         gemms=(GemmShape(problem.m_group, images * problem.pixels, k, blocks * problem.groups),),
         macs=blocks * problem.groups * rows * columns * k,
@@ -129,7 +130,7 @@ def unroll(problem: ConvProblem, images: int, tile: Tile, data: te.Tensor, where
         at = image if images > 1 else block
         value = read_padded(problem, data, at, window_index(problem, out, taps, padded=False), c, "NCHW")
         if ragged and images == 1 and problem.dims == 1:
-            return tirx.if_then_else(position < columns, value, zero(problem.accumulator))
+            return tirx.if_then_else(position < columns, value, zero(dtype_of(value)))
         return value
 
     attrs: dict[str, Any] = {COPY_ANNOTATION: where}
@@ -143,7 +144,7 @@ def unroll(problem: ConvProblem, images: int, tile: Tile, data: te.Tensor, where
 def pack_rows_stage(problem: ConvProblem, tile: Tile) -> Stage:
     """Weights `(M, *kernel, C/g)` to `[g][(M/g)/mr][*kernel][C/g][mr]`: one step's `mr` elements lie side by side.
 
-    They are A: read one by one, hence `wide`.
+    They are A: read one by one, hence `wide`, but for a staged problem.
     """
 
     def compute(weight: te.Tensor) -> te.Tensor:
@@ -152,13 +153,13 @@ def pack_rows_stage(problem: ConvProblem, tile: Tile) -> Stage:
             value = weight(g * problem.m_group + row, *taps, c)
             if problem.m_group % tile.mr == 0:
                 return value
-            return tirx.if_then_else(row < problem.m_group, value, zero(problem.accumulator))
+            return tirx.if_then_else(row < problem.m_group, value, zero(dtype_of(value)))
 
         tiles = ceil_div(problem.m_group, tile.mr)
         shape = (problem.groups, tiles, *problem.kernel, problem.c_group, tile.mr)
         return te.compute(shape, element, name="packed")
 
-    return Stage("packed", ("weight",), compute, "weight", wide=True)
+    return Stage("packed", ("weight",), compute, "weight", wide=not problem.staged)
 
 
 def multiply_columns(
@@ -193,6 +194,16 @@ def _gemm(problem: ConvProblem, tile: Tile, epilogue: Epilogue, columns: te.Tens
         return epilogue(value, (n, g * problem.m_group + m, *unflatten(position, problem.out_size)))
 
     return multiply_columns(problem, 1, tile, at_output, columns, packed)
+
+
+def gemm_of_images(
+    problem: ConvProblem, tile: Tile, epilogue: Epilogue, columns: te.Tensor, packed: te.Tensor
+) -> te.Tensor:
+    """`W·L` image by image over the columns of all images, for panels of one column: `(N, g, M/g, Ho Wo)`."""
+    assert tile.nr == 1, f"a panel of {tile.nr} columns may span two images"
+    shape = (problem.n, problem.pixels, *problem.kernel, problem.c, 1)
+    own = te.compute(shape, lambda n, p, *index: columns(0, n * problem.pixels + p, *index), name="columns")
+    return _gemm(problem, tile, epilogue, own, packed)
 
 
 def gemm_of_batch(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from tvm import te
+
 from .base import Epilogue, GemmAxes, Lowering, LoweringCost, Reason, Stage, Tile, no_epilogue, require_conv
 from .copied import WHOLE
-from .im2col import column_bytes, column_cost, gemm_of_batch, pack_rows_stage, unroll
+from .im2col import column_bytes, column_cost, gemm_of_batch, gemm_of_images, pack_rows_stage, unroll
 from .problem import ConvProblem, Problem
 
 
@@ -40,13 +42,19 @@ class Im2colBatched(Lowering):
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
+
+        def columns(data: te.Tensor) -> te.Tensor:
+            return unroll(problem, problem.n, tile, data, WHOLE)
+
+        # Staged, the schedule makes one GEMM of the images' itself, and writes them where they belong.
+        multiply = gemm_of_images if problem.staged else gemm_of_batch
         return (
-            Stage("im2col_batched", ("data",), lambda data: unroll(problem, problem.n, tile, data, WHOLE), "workspace"),
+            Stage("im2col_batched", ("data",), columns, "workspace", moves=True),
             pack_rows_stage(problem, tile),
             Stage(
                 "gemm",
                 ("im2col_batched", "packed"),
-                lambda columns, packed: gemm_of_batch(problem, tile, epilogue, columns, packed),
+                lambda columns, packed: multiply(problem, tile, epilogue, columns, packed),
                 "output",
             ),
         )

@@ -16,12 +16,12 @@ from .window import read_padded, window_index
 
 def patch_bytes(problem: ConvProblem) -> int:
     """Bytes of the patches of one image: `e C K^2 Ho Wo`."""
-    return problem.scratch_element * problem.c * problem.taps * problem.pixels
+    return problem.moved_element * problem.c * problem.taps * problem.pixels
 
 
 def patch_row_bytes(problem: ConvProblem) -> int:
     """Bytes of one patch, a row of the matrix: `e C K^2`."""
-    return problem.scratch_element * problem.c * problem.taps
+    return problem.moved_element * problem.c * problem.taps
 
 
 class Im2row(Lowering):
@@ -30,8 +30,9 @@ class Im2row(Lowering):
 
     GEMM `[Ho Wo x K^2 C]·[K^2 C x M]`; each (y, x, kh) copies one run of `Kw C` values where the dilation is 1. Reads
     `(N, *size, C)`, writes `(N, *out, M)`; scratch `e C K^2 Ho Wo` bytes: a workspace for one image, and for a batch a
-    buffer of the kernel, which all threads fill and then multiply, image after image. With groups the patches hold all
-    `C` channels, not `C/g`. Source: Jia, "Convolution in Caffe: a memo", transposed for channels-last data.
+    buffer of the kernel, which all threads fill and then multiply, image after image (staged: a workspace of the whole
+    batch). With groups the patches hold all `C` channels, not `C/g`. Source: Jia, "Convolution in Caffe: a memo",
+    transposed for channels-last data.
     """
 
     key = "im2row"
@@ -50,8 +51,8 @@ class Im2row(Lowering):
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
         size = patch_bytes(problem)
-        if problem.n == 1:
-            return conv_cost(problem, tile, {"im2row": size})
+        if problem.n == 1 or problem.staged:
+            return conv_cost(problem, tile, {"im2row": problem.n * size})
         return in_shared_block(conv_cost(problem, tile, {}), problem.n * size // problem.scratch_element, size)
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
@@ -65,9 +66,9 @@ class Im2row(Lowering):
             return conv_gemm(problem, tile, epilogue, read_a, packed)
 
         weight = pack_stage(problem, tile)
-        if problem.n == 1:
+        if problem.n == 1 or problem.staged:
             return (
-                Stage("im2row", ("data",), lambda data: _unroll(problem, data, None), "workspace"),
+                Stage("im2row", ("data",), lambda data: _unroll(problem, data, None), "workspace", moves=True),
                 weight,
                 Stage("gemm", ("im2row", "packed"), multiply, "output"),
             )

@@ -94,7 +94,9 @@ class Im2rowStrip(Lowering):
     source = "Jia, Convolution in Caffe: a memo; in strips: Anderson et al. 2017, section 3 (arXiv 1709.03395)"
 
     def applicable(self, problem: Problem) -> Reason | None:
-        return require_conv(problem)
+        if (reason := require_conv(problem)) is None and problem.staged:
+            return Reason("needs a cache that threads keep a strip in, got kernels without scratch of their own")
+        return reason
 
     def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
         """`rows`: output rows of a strip, `r`."""

@@ -54,7 +54,7 @@ def conv_axes(problem: ConvProblem) -> GemmAxes:
     """A register tile spans the pixels of one output row and the channels of one group."""
     *outer, inner = problem.out_size
     k = problem.taps * problem.c_group
-    row = problem.stride[-1] * problem.c * problem.scratch_element
+    row = problem.stride[-1] * problem.c * problem.moved_element
     return GemmAxes(problem.n * prod(outer), inner, problem.m_group, k, problem.groups, row_bytes=row)
 
 
@@ -95,6 +95,20 @@ def conv_gemm(
     )
 
 
+def predicated_stages(problem: ConvProblem, tile: Tile, epilogue: Epilogue) -> tuple[Stage, ...]:
+    """The GEMM that reads the input where it lies, under a condition where the layer pads: no workspace."""
+
+    def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
+        def read_a(at: tuple[Any, ...], x: Any, g: Any, n: Any, k: tuple[Any, ...]) -> Any:
+            del n
+            where = window_index(problem, (*at[1:], x), k[:-1], padded=False)
+            return read_padded(problem, data, at[0], where, g * problem.c_group + k[-1])
+
+        return conv_gemm(problem, tile, epilogue, read_a, packed, borders=problem.padded)
+
+    return (pack_stage(problem, tile), Stage("gemm", ("data", "packed"), gemm, "output"))
+
+
 class ImplicitGemm(Lowering):
     """Convolution as one GEMM whose `A` is an address computation: no patch is ever stored.
 
@@ -131,23 +145,19 @@ class ImplicitGemm(Lowering):
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
-
-        copies = self._copies(problem)
+        if not self._copies(problem):
+            return predicated_stages(problem, tile, epilogue)
 
         def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
             def read_a(at: tuple[Any, ...], x: Any, g: Any, n: Any, k: tuple[Any, ...]) -> Any:
                 del n
-                channel = g * problem.c_group + k[-1]
-                where = window_index(problem, (*at[1:], x), k[:-1], padded=copies)
-                if copies or not problem.padded:
-                    return data(at[0], *where, channel)
-                return read_padded(problem, data, at[0], where, channel)
+                where = window_index(problem, (*at[1:], x), k[:-1])
+                return data(at[0], *where, g * problem.c_group + k[-1])
 
-            return conv_gemm(problem, tile, epilogue, read_a, packed, borders=problem.padded and not copies)
+            return conv_gemm(problem, tile, epilogue, read_a, packed)
 
-        first = (pad_stage(problem),) if copies else ()
-        source = "pad" if copies else "data"
-        return (*first, pack_stage(problem, tile), Stage("gemm", (source, "packed"), gemm, "output"))
+        return (pad_stage(problem), pack_stage(problem, tile), Stage("gemm", ("pad", "packed"), gemm, "output"))
 
     def _copies(self, problem: ConvProblem) -> bool:
-        return copies_input(problem) and dict(self.sizes).get("pad") != "predicate"
+        usual = pad_choices(problem).get("pad", ("copy",))[0]
+        return copies_input(problem) and dict(self.sizes).get("pad", usual) != "predicate"

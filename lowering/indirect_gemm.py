@@ -17,6 +17,7 @@ from .base import (
     Stage,
     Tile,
     ceil_div,
+    dtype_of,
     no_epilogue,
     require_conv,
     zero,
@@ -58,15 +59,15 @@ class IndirectGemm(Lowering):
     Padding costs neither a copy of the input nor a condition in the loop over the channels: a tile takes its `mr`
     rows from the table once a tap, ahead of that loop. Reads `(N, *size, C)`, writes `(N, *out, M)`.
 
-    The offsets count elements from the start of the image, 4 bytes each, and therefore are known at compile time,
-    like the `e C` zeros: both are constants of the artefact, counted with the weights, and the workspace is 0, where
-    the paper's buffer of pointers is made when the tensors are bound. That the zeros are a tensor of their own is
-    bridged in the kernel: their distance from the input, in elements, takes the place of an offset OUTSIDE. The table
-    is ordered `[output row][tile][tap][row of the tile]`, `4 K^2 Ho roundup(Wo, mr)` bytes: a tile ends with its
-    output row, where the paper's `roundup(Ho Wo, mr)` lets it run on; the output then is written in its own shape,
-    which costs a network no reshaping copy. Where no tap reaches the padding there is no row of zeros. The input must
-    lie in memory as it is: a pass behind this one must not inline what writes it. Source: Dukhan 2019, section 3
-    (arXiv 1907.02129).
+    The offsets count elements from the start of the image, 4 bytes each, and therefore are known at compile time, like
+    the `e C` zeros: both are constants of the artefact, counted with the weights, and the workspace is 0, where the
+    paper's buffer of pointers is made when the tensors are bound. That the zeros are a tensor of their own is bridged
+    in the kernel: their distance from the input, in elements, takes the place of an offset OUTSIDE. The table is
+    ordered `[output row][tile][tap][row of the tile]`, `4 K^2 Ho roundup(Wo, mr)` bytes: a tile ends with its output
+    row, where the paper's `roundup(Ho Wo, mr)` lets it run on; the output then is written in its own shape, which costs
+    a network no reshaping copy. Staged, a condition on the offset replaces the zeros. Where no tap reaches the padding
+    there is no row of zeros. The input must lie in memory as it is: a pass behind this one must not inline what writes
+    it. Source: Dukhan 2019, section 3 (arXiv 1907.02129).
     """
 
     key = "indirect-gemm"
@@ -88,7 +89,7 @@ class IndirectGemm(Lowering):
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
         table = OFFSET_BYTES * prod(table_shape(problem, tile))
-        zeros = problem.scratch_element * problem.c if reaches_outside(problem) else 0
+        zeros = problem.scratch_element * problem.c if _row_of_zeros(problem) else 0
         cost = conv_cost(problem, tile, {"wide": wide_bytes(problem)} if problem.widened else {})
         return replace(
             cost,
@@ -115,12 +116,18 @@ class IndirectGemm(Lowering):
             return _gemm(problem, tile, epilogue, data, packed, offsets, *zeros)
 
         stages = [pack_stage(problem, tile), Stage("offsets", (), table, "weight")]
-        if reaches_outside(problem):
+        if _row_of_zeros(problem):
             stages.append(Stage("zeros", (), zeros, "weight", wide=True))
         source = "wide" if problem.widened else "data"
         reads = (source, *(stage.name for stage in stages))
         first = (wide_stage(problem),) if problem.widened else ()
         return (*first, *stages, Stage("gemm", reads, gemm, "output"))
+
+
+def _row_of_zeros(problem: ConvProblem) -> bool:
+    """Whether padding is read from a row of zeros: a distance between tensors is a number only in one address space of
+    one machine, so that a staged problem takes a condition instead."""
+    return reaches_outside(problem) and not problem.staged
 
 
 def _offset(problem: ConvProblem, out: tuple[Any, ...], tap: Any) -> Any:
@@ -144,19 +151,24 @@ def _gemm(
 ) -> te.Tensor:
     *outer, inner = problem.out_size
     image = problem.c * prod(problem.size)
+    # Tensors of fewer than 2^31 elements: only a distance between two of them needs more.
+    address = OFFSET if problem.staged else ADDRESS
     starts = None if zeros is None else (_address(data), _address(zeros))
 
     def read_a(at: tuple[Any, ...], x: Any, g: Any, n: Any, k: tuple[Any, ...]) -> Any:
         del n
         offset = offsets(*at[1:], x // tile.mr, k[0], x % tile.mr)
-        start = offset.astype(ADDRESS) + at[0].astype(ADDRESS) * image
+        start = offset.astype(address) + at[0].astype(address) * image
         if starts is not None:
             shift = tirx.const(problem.scratch_element.bit_length() - 1, ADDRESS)
             distance = tirx.shift_right(starts[1](0) - starts[0](0), shift)
             # The sign, all ones or none, chooses: TVM makes a branch inside the loop of a Select between loads.
             sign = tirx.shift_right(offset, tirx.const(31, OFFSET)).astype(ADDRESS)
             start = start + tirx.bitwise_and(sign, distance - start)
-        return data(*[0] * (problem.dims + 1), start + g * problem.c_group + k[1])
+        value = data(*[0] * (problem.dims + 1), start + g * problem.c_group + k[1])
+        if starts is None and reaches_outside(problem):
+            return tirx.if_then_else(offset >= 0, value, zero(dtype_of(value)))
+        return value
 
     def read_b(at: tuple[Any, ...], g: Any, p: Any, j: Any, k: tuple[Any, ...]) -> Any:
         del at

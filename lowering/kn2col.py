@@ -45,19 +45,29 @@ class Kn2col(Lowering[Problem]):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        wide = {"wide": wide_bytes(problem)} if problem.widened else {}
-        return tap_cost(problem, tile, passes=3, workspace={**wide, "product": product_bytes(problem)})
+        return kn2col_cost(problem, tile)
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
+        return kn2col_stages(problem, tile, epilogue)
 
-        def multiply(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
-            return tap_products(problem, tile, data, packed)
 
-        first, source = ((wide_stage(problem),), "wide") if problem.widened else ((), "data")
-        return (
-            *first,
-            pack_stage(problem, tile),
-            Stage("product", (source, "packed"), multiply, "workspace"),
-            Stage("sum", ("product",), lambda t: shifted_sum(problem, t, epilogue, hold="all"), "output"),
-        )
+def kn2col_cost(problem: ConvProblem, tile: Tile) -> LoweringCost:
+    """The cost of `kn2col_stages`."""
+    wide = {"wide": wide_bytes(problem)} if problem.widened else {}
+    return tap_cost(problem, tile, passes=3, workspace={**wide, "product": product_bytes(problem)})
+
+
+def kn2col_stages(problem: ConvProblem, tile: Tile, epilogue: Epilogue) -> tuple[Stage, ...]:
+    """T of the whole batch and every tap as a workspace, then the shifted sum."""
+
+    def multiply(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
+        return tap_products(problem, tile, data, packed)
+
+    first, source = ((wide_stage(problem),), "wide") if problem.widened else ((), "data")
+    return (
+        *first,
+        pack_stage(problem, tile),
+        Stage("product", (source, "packed"), multiply, "workspace"),
+        Stage("sum", ("product",), lambda t: shifted_sum(problem, t, epilogue, hold="all"), "output"),
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from .base import Epilogue, GemmAxes, Lowering, LoweringCost, Reason, Stage, Tile, ceil_div, no_epilogue, zero
+from .base import Epilogue, GemmAxes, Lowering, LoweringCost, Reason, Stage, Tile, ceil_div, dtype_of, no_epilogue, zero
 from .im2col import unflatten
 from .implicit_gemm import pack_stage, packed_bytes
 from .kn2col import product_bytes
@@ -48,12 +48,12 @@ class Kn2row(Lowering[Problem]):
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
         columns = ceil_div(prod(problem.size), tile.nr) * tile.nr
-        panels = problem.scratch_element * problem.n * problem.c * columns
+        panels = problem.moved_element * problem.n * problem.c * columns
         workspace = {"panels": panels, "product": product_bytes(problem)}
         cost = tap_cost(problem, Tile(1, tile.mr), passes=3, workspace=workspace)
         pixels = ceil_div(prod(problem.size), tile.nr)
         tasks = problem.taps * problem.n * problem.groups * pixels * ceil_div(problem.m_group, tile.mr)
-        weights = packed_bytes(problem, Tile(1, tile.mr)) // problem.element * problem.scratch_element
+        weights = packed_bytes(problem, Tile(1, tile.mr)) // problem.element * problem.moved_element
         moved = cost.bytes_moved + weights - cost.weight_bytes
         return replace(cost, weight_bytes=weights, bytes_moved=moved, tasks=tasks)
 
@@ -61,8 +61,8 @@ class Kn2row(Lowering[Problem]):
         assert isinstance(problem, ConvProblem)
         return (
             # A, which is read one by one.
-            replace(pack_stage(problem, Tile(1, tile.mr)), wide=True),
-            Stage("panels", ("data",), lambda data: _panels(problem, tile, data), "workspace"),
+            replace(pack_stage(problem, Tile(1, tile.mr)), wide=not problem.staged),
+            Stage("panels", ("data",), lambda data: _panels(problem, tile, data), "workspace", moves=True),
             Stage("product", ("panels", "packed"), lambda i, w: _multiply(problem, tile, i, w), "workspace"),
             Stage("sum", ("product",), lambda t: _sum(problem, t, epilogue), "output"),
         )
@@ -75,7 +75,7 @@ def _panels(problem: ConvProblem, tile: Tile, data: te.Tensor) -> te.Tensor:
     def element(n: Any, p: Any, c: Any, j: Any) -> Any:
         pixel = p * tile.nr + j
         value = data(n, c, *unflatten(pixel, problem.size))
-        return value if pixels % tile.nr == 0 else tirx.if_then_else(pixel < pixels, value, zero(problem.accumulator))
+        return value if pixels % tile.nr == 0 else tirx.if_then_else(pixel < pixels, value, zero(dtype_of(value)))
 
     return te.compute((problem.n, ceil_div(pixels, tile.nr), problem.c, tile.nr), element, name="panels")
 

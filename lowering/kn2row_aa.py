@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm import te
 
 from .base import Epilogue, GemmAxes, LoweringCost, Reason, Stage, Tile, no_epilogue
-from .implicit_gemm import pack_stage
+from .implicit_gemm import conv_cost, pack_stage, predicated_stages
 from .problem import ConvProblem, Problem
 from .shift_add import RowTasks, in_output, shifted_sum, tap_axes, tap_cost, tap_products
 
@@ -17,10 +17,12 @@ class Kn2rowAa(RowTasks):
 
     The product of one register tile of pixels and channels never leaves the registers: it is added to the output at its
     shifted place. Rows that would fall outside are not computed, columns that would wrap round a row are not added;
-    nothing is punched, so nothing need be restored, and the slack at both ends of the output that the paper needs,
-    O(K W), is 0 here. Reads `(N, *size, C)`, writes `(N, *out, M)`; workspace 0 bytes, no padded copy either.
-    Source: Anderson et al. 2017, "Low-memory GEMM-based convolution algorithms", hole-punching
-    accumulating (arXiv 1709.03395); there "same" padding only, here any padding and dilation, channels last.
+    nothing is punched, so nothing need be restored, and the slack at both ends of the output that the paper needs, O(K
+    W), is 0 here. Staged, the output's tile stays in registers through all taps, each of which reads the input at its
+    shift under a predicate: the stages of implicit-gemm without a copy. Reads `(N, *size, C)`, writes `(N, *out, M)`;
+    workspace 0 bytes, no padded copy either. Source: Anderson et al. 2017, "Low-memory GEMM-based convolution
+    algorithms", hole-punching accumulating (arXiv 1709.03395); there "same" padding only, here any padding and
+    dilation, channels last.
     """
 
     key = "kn2row-aa"
@@ -38,10 +40,14 @@ class Kn2rowAa(RowTasks):
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
+        if problem.staged:
+            return conv_cost(problem, tile, {})
         return tap_cost(problem, tile, passes=2, workspace={}, rows=self.rows(problem))
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
+        if problem.staged:
+            return predicated_stages(problem, tile, epilogue)
 
         def gemm(data: te.Tensor, packed: te.Tensor) -> te.Tensor:
             return shifted_sum(

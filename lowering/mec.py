@@ -46,11 +46,11 @@ class Mec(Lowering):
 
     def axes(self, problem: Problem) -> GemmAxes:
         assert isinstance(problem, ConvProblem)
-        return replace(conv_axes(problem), row_bytes=prod(strip_shape(problem)[2:]) * problem.scratch_element)
+        return replace(conv_axes(problem), row_bytes=prod(strip_shape(problem)[2:]) * problem.moved_element)
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, ConvProblem)
-        return conv_cost(problem, tile, {"mec": prod(strip_shape(problem)) * problem.scratch_element})
+        return conv_cost(problem, tile, {"mec": prod(strip_shape(problem)) * problem.moved_element})
 
     def build(self, problem: Problem, tile: Tile, epilogue: Epilogue = no_epilogue) -> tuple[Stage, ...]:
         assert isinstance(problem, ConvProblem)
@@ -74,7 +74,7 @@ class Mec(Lowering):
             return conv_gemm(problem, tile, epilogue, read_a, packed)
 
         return (
-            Stage("mec", ("data",), unroll, "workspace"),
+            Stage("mec", ("data",), unroll, "workspace", moves=True),
             pack_stage(problem, tile),
             Stage("gemm", ("mec", "packed"), gemm, "output"),
         )

@@ -6,7 +6,8 @@ A lowering is written for one dtype, `problem.accumulator`. Where the layer's te
     data, epilogue operands      widened at each read
     weights that are only moved  stay as they are stored, widened where the GEMM reads them (a vector at a time)
     weights that are computed    float32 (`Stage.wide`): rounding them to float16 would cost a transform its digits
-    workspaces                   float32, so that nothing is rounded, and no element converted twice, on the way
+    workspaces                   float32, so that nothing is rounded, and no element converted twice, on the way; those
+                                 of a staged problem (`lowering.staged`) that are only moved stay as they are stored
     output                       narrowed once, behind the epilogue
 
 where `cost` counts `problem.element` bytes an element of what is stored and `problem.scratch_element` of the rest. An
@@ -67,11 +68,13 @@ def typed_stages(
     def narrowed(value: Any, index: Index) -> Any:
         return cast(epilogue(value, index), dtype)
 
-    return tuple(replace(stage, compute=_typed(stage, dtype)) for stage in lowering.build(problem, tile, narrowed))
+    staged = getattr(problem, "staged", False)
+    stages = lowering.build(problem, tile, narrowed)
+    return tuple(replace(stage, compute=_typed(stage, dtype, staged)) for stage in stages)
 
 
-def _typed(stage: Stage, dtype: str) -> Callable[..., te.Tensor]:
-    moved = stage.kind == "weight" and not stage.wide
+def _typed(stage: Stage, dtype: str, staged: bool) -> Callable[..., te.Tensor]:
+    moved = (stage.kind == "weight" and not stage.wide) or (staged and stage.moves)
 
     def compute(*tensors: te.Tensor) -> te.Tensor:
         result = stage.compute(*(tensors if moved else map(widened, tensors)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import ClassVar
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -29,6 +30,8 @@ class Typed:
     """What follows from the dtype of a problem's tensors."""
 
     dtype: str
+    staged: ClassVar[bool] = False
+    """Whether every tensor between input and output is a workspace of its own: see `lowering.staged`."""
 
     @property
     def element(self) -> int:
@@ -46,9 +49,14 @@ class Typed:
         return dtype_bytes(self.accumulator)
 
     @property
+    def moved_element(self) -> int:
+        """Bytes an element of scratch that is only moved: as stored where the problem is staged, else as computed."""
+        return self.element if self.staged else self.scratch_element
+
+    @property
     def widened(self) -> bool:
-        """Whether elements are stored in fewer digits than they are computed with."""
-        return self.accumulator != self.dtype
+        """Whether elements are stored in fewer digits than they are computed with, and widened ahead of a GEMM."""
+        return self.accumulator != self.dtype and not self.staged
 
 
 @dataclass(frozen=True)

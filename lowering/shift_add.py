@@ -49,7 +49,7 @@ def in_output(problem: Problem) -> Reason | None:
 def tap_axes(problem: ConvProblem) -> GemmAxes:
     """A register tile spans pixels of one input row and channels of one group; every tap is a GEMM of its own."""
     *outer, inner = problem.size
-    row = problem.c * problem.scratch_element
+    row = problem.c * problem.moved_element
     return GemmAxes(
         problem.n * prod(outer) * problem.taps, inner, problem.m_group, problem.c_group, problem.groups, row_bytes=row
     )
@@ -81,8 +81,10 @@ class RowTasks(Lowering[Problem]):
     size_names = ("rows",)
 
     def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
-        """`rows`: output rows that one task sums."""
+        """`rows`: output rows that one task sums; nothing where the problem is staged, which has no such tasks."""
         assert isinstance(problem, ConvProblem)
+        if problem.staged:
+            return {}
         rows = row_choices(problem)
         return {"rows": rows} if len(rows) > 1 else {}
 
@@ -156,9 +158,10 @@ def taps_of(problem: ConvProblem) -> list[Any]:
 def sum_attributes(problem: ConvProblem, letters: str, hold: str, rows: int = ROWS_A_TASK) -> dict[str, Any]:
     """What a schedule is told of the sum: its axes, how much of T is held, and how many rows a task sums.
 
-    Nothing where the output is stored in half precision: sums cannot grow in it, each is made in a register.
+    Nothing where the output is stored in half precision: sums cannot grow in it, each is made in a register. Nor where
+    the problem is staged: all of T is then in memory.
     """
-    if problem.widened:
+    if problem.widened or problem.staged:
         return {}
     return {ACCUMULATE_ANNOTATION: letters, HOLD_ANNOTATION: hold, ROWS_ANNOTATION: rows}
 

@@ -19,6 +19,7 @@ from .base import (
     Stage,
     Tile,
     ceil_div,
+    dtype_of,
     no_epilogue,
     require_transposed,
     zero,
@@ -62,7 +63,7 @@ class SubConvolution(Lowering):
         k = max(1, round(prod(len(p.present) / p.stride for p in phases) * problem.c_group))
         if _by_channel(problem):
             return GemmAxes(rows, inner, problem.c, k, vector_a=True, nr_divides=True)
-        return GemmAxes(rows, inner, problem.m_group, k, problem.groups, row_bytes=problem.c * problem.scratch_element)
+        return GemmAxes(rows, inner, problem.m_group, k, problem.groups, row_bytes=problem.c * problem.moved_element)
 
     def cost(self, problem: Problem, tile: Tile) -> LoweringCost:
         assert isinstance(problem, TransposedConvProblem)
@@ -76,7 +77,7 @@ class SubConvolution(Lowering):
         rows = problem.n * prod(outer) * ceil_div(inner, tile.mr) * tile.mr
         workspace = {}
         if _copies_input(problem):
-            workspace["pad"] = problem.scratch_element * problem.n * problem.c * prod(_padded_size(problem))
+            workspace["pad"] = problem.moved_element * problem.n * problem.c * prod(_padded_size(problem))
         if not _whole(problem):
             every = prod(p.stride * p.positions for p in phases)
             workspace["phases"] = problem.scratch_element * problem.n * problem.m * every
@@ -110,7 +111,7 @@ class SubConvolution(Lowering):
         source = "data"
         if _copies_input(problem):
             source = "pad"
-            stages.append(Stage("pad", ("data",), lambda data: _pad(problem, data), "workspace"))
+            stages.append(Stage("pad", ("data",), lambda data: _pad(problem, data), "workspace", moves=True))
         stages.append(_by_channel_pack(problem, tile) if _by_channel(problem) else pack_stage(problem, tile))
         if whole:
             return (*stages, Stage("gemm", (source, "packed"), gemm, "output"))
@@ -160,7 +161,7 @@ def _pad(problem: TransposedConvProblem, data: te.Tensor) -> te.Tensor:
             where.append(i - before)
             inside += ([i >= before] if before else []) + ([i < before + p.size] if after else [])
         value = data(n, *where, index[-1])
-        return tirx.if_then_else(tirx.all(*inside), value, zero(problem.accumulator)) if inside else value
+        return tirx.if_then_else(tirx.all(*inside), value, zero(dtype_of(value))) if inside else value
 
     return te.compute((problem.n, *_padded_size(problem), problem.c), element, name="pad")
 

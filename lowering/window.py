@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from .base import Stage, activation_shape, zero
+from .base import Stage, activation_shape, dtype_of, zero
 from .free_sizes import Size
 from .problem import ConvProblem, Problem, SpatialProblem
 
@@ -33,7 +33,7 @@ def read_padded(
     sides = zip(where, problem.size, problem.pad_before, problem.pad_after, strict=True)
     for i, size, before, after in sides:
         inside += ([i >= 0] if before else []) + ([i < size] if after else [])
-    return tirx.if_then_else(tirx.all(*inside), value, zero(problem.accumulator)) if inside else value
+    return tirx.if_then_else(tirx.all(*inside), value, zero(dtype_of(value))) if inside else value
 
 
 PAD_CHOICES = ("copy", "predicate")
@@ -41,9 +41,11 @@ PAD_CHOICES = ("copy", "predicate")
 
 def pad_choices(problem: ConvProblem) -> dict[str, tuple[Size, ...]]:
     """The free size `pad` of a GEMM that takes its A from the input: "copy" the input into a frame of zeros, or read it
-    under a "predicate" where it lies, without workspace. Only where a layer pads, and none that is stored in half
-    precision, whose copy pays for more."""
-    return {"pad": PAD_CHOICES} if problem.padded and not problem.widened else {}
+    under a "predicate" where it lies, without workspace (the default of a staged problem: the copy would be written to
+    memory and read again). Only where a layer pads, and none that is widened, whose copy pays for more."""
+    if not problem.padded or problem.widened:
+        return {}
+    return {"pad": PAD_CHOICES[::-1] if problem.staged else PAD_CHOICES}
 
 
 def copies_input(problem: ConvProblem) -> bool:
@@ -62,12 +64,12 @@ def pad_stage(problem: ConvProblem) -> Stage:
 
         return te.compute((problem.n, *problem.padded_size, problem.c), element, name="pad")
 
-    return Stage("pad", ("data",), compute, "workspace")
+    return Stage("pad", ("data",), compute, "workspace", moves=True)
 
 
 def pad_bytes(problem: ConvProblem) -> int:
     """Bytes of the padded copy: `e N C Hp Wp`, or 0 where the input is read as it is."""
-    size = problem.scratch_element * problem.n * problem.c * prod(problem.padded_size)
+    size = problem.moved_element * problem.n * problem.c * prod(problem.padded_size)
     return size if copies_input(problem) else 0
 
 

@@ -31,7 +31,9 @@ from .winograd_tensors import (
     Form,
     block_choices,
     form_of,
+    inverse_apart,
     multiply,
+    multiply_apart,
     tile_edge,
     transform_flops,
     transform_input,
@@ -61,9 +63,12 @@ class Winograd(Lowering):
 
     m: int
     same_macs = False
+    computes_operands = True
     size_names = ("block", "fused")
     gemm_formula = "alpha^2 x [P x C]·[C x M]"
-    workspace_formula = "e alpha^2 (P C + threads Pb nr); fused threads e alpha^2 Pb (C + nr)"
+    workspace_formula = (
+        "e alpha^2 (P C + threads Pb nr); fused threads e alpha^2 Pb (C + nr); staged e alpha^2 P (C + M)"
+    )
     source = "Lavin & Gray 2015, section 4, algorithm 1 (arXiv 1509.09308)"
 
     def applicable(self, problem: Problem) -> Reason | None:
@@ -99,8 +104,11 @@ class Winograd(Lowering):
 
     def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
         """`block`: tiles of a block, one number a dimension; `fused`: the input transform within each block, V in
-        scratch of the thread, or ahead of all of them, V in memory."""
+        scratch of the thread, or ahead of all of them, V in memory. Nothing where the problem is staged: V and the
+        products are in memory, the tiles of all images side by side."""
         assert isinstance(problem, ConvProblem)
+        if problem.staged:
+            return {}
         usual = form_of(problem, self.m).fused
         blocks = block_choices(problem, self.m)
         return {**({"block": blocks} if len(blocks) > 1 else {}), "fused": (usual, not usual)}
@@ -117,8 +125,10 @@ class Winograd(Lowering):
         e = problem.scratch_element
         weights = e * positions * problem.c_group * columns
         workspace = {} if form.fused else {"winograd_input": e * positions * tiles * problem.c}
+        if problem.staged:
+            workspace["winograd_product"] = e * positions * tiles * problem.m
         blocks = problem.n * prod(form.blocks)
-        held = (tile.nr, problem.c) if form.fused else (tile.nr,)
+        held = (tile.nr, problem.c) if form.fused else (tile.nr,) * (not problem.staged)
         return LoweringCost(
             gemms=(GemmShape(tiles, problem.m_group, problem.c_group, positions * problem.groups),),
             macs=positions * tiles * problem.c_group * columns,
@@ -145,14 +155,29 @@ class Winograd(Lowering):
 
             return (weight, Stage("gemm", ("data", "packed"), whole, "output"))
 
+        first = Stage("winograd_input", ("data",), lambda data: transform_input(problem, form, data), "workspace")
+        if problem.staged:
+            return (first, weight, *_apart(problem, form, tile, epilogue))
+
         def product(v: te.Tensor, packed: te.Tensor) -> te.Tensor:
             return multiply(problem, form, tile, epilogue, v, packed)
 
-        return (
-            Stage("winograd_input", ("data",), lambda data: transform_input(problem, form, data), "workspace"),
-            weight,
-            Stage("gemm", ("winograd_input", "packed"), product, "output"),
-        )
+        return (first, weight, Stage("gemm", ("winograd_input", "packed"), product, "output"))
+
+
+def _apart(problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue) -> tuple[Stage, ...]:
+    """The products and the inverse transform as stages of their own."""
+
+    def product(v: te.Tensor, packed: te.Tensor) -> te.Tensor:
+        return multiply_apart(problem, form, tile, v, packed)
+
+    def output(products: te.Tensor) -> te.Tensor:
+        return inverse_apart(problem, form, tile, epilogue, products)
+
+    return (
+        Stage("winograd_product", ("winograd_input", "packed"), product, "workspace"),
+        Stage("gemm", ("winograd_product",), output, "output"),
+    )
 
 
 class Winograd2(Winograd):

@@ -14,10 +14,10 @@ from typing import Any
 
 from tvm import te, tirx
 
-from .base import Epilogue, Tile, ceil_div
+from .base import Epilogue, Tile, ceil_div, no_epilogue
 from .cook_toom import Matrix, Transforms, apply_row, terms, transforms
 from .problem import ConvProblem
-from .tile_gemm import AXES_ANNOTATION
+from .tile_gemm import AXES_ANNOTATION, tile_gemm
 
 CHAIN_ANNOTATION = "gemmify.chain"
 BLOCK_ANNOTATION = "gemmify.block"
@@ -86,6 +86,9 @@ def _divisors(n: int) -> list[int]:
 def form_of(problem: ConvProblem, m: int, block: tuple[int, ...] | None = None, fused: bool | None = None) -> Form:
     """The tiling of `problem`, blocks never padded up; `block` and `fused` default to `_default`'s,
     each on its own."""
+    if problem.staged:
+        # One tile a block: the GEMM's rows, tiles of all images, then lie at one distance.
+        block, fused = (1,) * problem.dims, False
     if block is None or fused is None:
         usual_block, usual_fused = _default(problem, m)
         block, fused = usual_block if block is None else block, usual_fused if fused is None else fused
@@ -237,6 +240,15 @@ def transform_input(problem: ConvProblem, form: Form, data: te.Tensor) -> te.Ten
         dtype,
     )
 
+    if problem.staged:
+        # Position by position, so that the rows of each GEMM lie side by side.
+        return te.compute(
+            (*form.alpha, problem.n, *form.grid, problem.c),
+            lambda *index: transformed((*index[dims:-1], 0, *index[:dims], index[-1])),
+            name="winograd_input",
+            attrs={CHAIN_ANNOTATION: "u" * dims + "o" * (1 + dims) + "v"},
+        )
+
     def element(n: Any, *index: Any) -> Any:
         block, at, q, channel = index[:dims], index[dims : 2 * dims], index[-2], index[-1]
         return transformed((n, *block, q, *at, channel))
@@ -275,11 +287,6 @@ def multiply(
         lambda *index: acc(*index[:-2], index[-2] // tile.mr, index[-2] % tile.mr, index[-1]),
         name="winograd_product",
     )
-    return _inverse(problem, form, tile, epilogue, product)
-
-
-def _inverse(problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue, product: te.Tensor) -> te.Tensor:
-    dims, panels = problem.dims, ceil_div(problem.m, tile.nr)
 
     def of_block(index: tuple[Any, ...]) -> Any:
         n, at, p, position, s = index[0], index[1 : 1 + dims], index[1 + dims], index[2 + dims : -1], index[-1]
@@ -288,11 +295,58 @@ def _inverse(problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue, p
             q = q * size + t % size
         return product(n, *(t // size for t, size in zip(at, form.block, strict=True)), p, *position, q, s)
 
+    return _inverse(problem, form, tile, epilogue, of_block)
+
+
+def multiply_apart(problem: ConvProblem, form: Form, tile: Tile, v: te.Tensor, packed: te.Tensor) -> te.Tensor:
+    """The alpha^2 GEMMs over the tiles of all images, `[*alpha][N][*grid][(g)][M/g]`, of a staged problem's V."""
+    dims = problem.dims
+
+    def read_a(at: tuple[Any, ...], x: Any, g: Any, n: Any, k: tuple[Any, ...]) -> Any:
+        del n
+        return v(*at, x, g * problem.c_group + k[0])
+
+    def read_b(at: tuple[Any, ...], g: Any, p: Any, j: Any, k: tuple[Any, ...]) -> Any:
+        column = g * problem.m_group + p * tile.nr + j
+        return packed(column // tile.nr, *at[:dims], k[0], column % tile.nr)
+
+    *outer, inner = form.grid
+    return tile_gemm(
+        outer=(*form.alpha, problem.n, *outer),
+        inner=inner,
+        groups=problem.groups,
+        n=problem.m_group,
+        k_extents=(problem.c_group,),
+        read_a=read_a,
+        read_b=read_b,
+        tile=tile,
+        epilogue=no_epilogue,
+        name="winograd_product",
+    )
+
+
+def inverse_apart(problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue, product: te.Tensor) -> te.Tensor:
+    """`Y = A^T M A` from the tensor of `multiply_apart`."""
+    dims = problem.dims
+
+    def read(index: tuple[Any, ...]) -> Any:
+        *tile_of, p = index[: 2 + dims]
+        m = p * tile.nr + index[-1]
+        channel = (m // problem.m_group, m % problem.m_group) if problem.groups > 1 else (m,)
+        return product(*index[2 + dims : -1], *tile_of, *channel)
+
+    return _inverse(problem, form, tile, epilogue, read)
+
+
+def _inverse(problem: ConvProblem, form: Form, tile: Tile, epilogue: Epilogue, read: Read) -> te.Tensor:
+    """The output from the products, which `read` gives by `(n, *tile, panel, *position, column)`."""
+    dims, panels = problem.dims, ceil_div(problem.m, tile.nr)
+
     def store(d: int, element: Read) -> Read:
         sizes = (*form.m[: d + 1], *form.alpha[d + 1 :])
         return _stored((problem.n, *form.grid, panels, *sizes, tile.nr), element, f"winograd_output_{d}")
 
-    outputs = _passes(form, [t.at for t in form.transforms], 2 + dims, of_block, store, problem.accumulator)
+    outputs = _passes(form, [t.at for t in form.transforms], 2 + dims, read, store, problem.accumulator)
     tiles = te.compute(
         (problem.n, *form.grid, panels, *form.m, tile.nr),
         lambda *index: outputs(index),
