@@ -52,25 +52,30 @@ def compile(
     lowering: Any = "auto",
     strict: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     plan: Any = None,
     threads: int | None = None,
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
     logs: Any = None,
     frozen: bool = False,
+    cuda_graph: bool = False,
     progress: Callable[[str, float], None] | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Model:
     """Compile `model` (a file, a zoo name, or a module) and return it ready to run.
 
     `lowering` is "auto", one key for every layer, or `{layer name: key}` ("*" names all others); with `strict` a layer
-    that the key does not fit is an error instead of taking another one. `shapes` fixes the input shapes, `threads` is
-    the number of CPU threads that the code is made for and runs with (default: the physical cores this process may
-    use), `max_workspace` bounds the scratch memory of a layer (bytes, or text such as "64KiB"),
+    that the key does not fit is an error instead of taking another one. `shapes` fixes the input shapes, `dtype`
+    ("float16" or "bfloat16") converts a network of float32 to half precision, its inputs and outputs included,
+    `threads` is the number of CPU threads that the code is made for and runs with (default: the physical cores this
+    process may use), `max_workspace` bounds the scratch memory of a layer (bytes, or text such as "64KiB"),
     `max_error` the expected error of a layer relative to its largest output (default 1e-3),
     `logs` is where tuning records lie, a folder or several (default: ./tuning_logs, then what the package ships; False:
     nowhere); with `frozen` a layer that no record covers is an error. `plan` is a plan or its file: a layer that it
-    names is compiled as it says, whatever the logs say.
+    names is compiled as it says, whatever the logs say. `target` is "llvm" (this machine), "llvm -mcpu=x86-64-v3",
+    "cuda -arch=sm_90" (several architectures with commas; with " -tf32" float32 layers may round their operands), or a
+    dict of TVM's; code for a GPU is compiled without one. `cuda_graph`: a run repeats a recorded graph of launches.
     `progress(stage, seconds)` is told each stage.
     Raises InputError or UnsupportedError for a wrong call or model, GemmifyError where the work fails.
     """
@@ -83,11 +88,13 @@ def compile(
         lowering=lowering,
         strict=strict,
         shapes=shapes,
+        dtype=dtype,
         plan=plan,
         max_workspace=max_workspace,
         max_error=max_error,
         logs=logs,
         frozen=frozen,
+        cuda_graph=cuda_graph,
         progress=progress,
         dump_dir=dump_dir,
     )
@@ -132,15 +139,16 @@ def conv_gradients(
     return compile_gradients(problem, lowering, target, threads)
 
 
-def load(path: str | PathLike[str], threads: int | None = None) -> Model:
-    """Load an exported library; `threads` defaults to the physical cores that this process may use.
+def load(path: str | PathLike[str], threads: int | None = None, cuda_graph: bool | None = None) -> Model:
+    """Load an exported library; `threads` defaults to the physical cores that this process may use, `cuda_graph` to
+    what it was compiled with.
 
     Needs TVM's runtime only. Raises InputError where the file is missing or is not a library of gemmify's, and
     IncompatibleError, before any of its code runs, where this machine cannot run it.
     """
     from .runtime import load as load_library
 
-    return load_library(path, threads)
+    return load_library(path, threads, cuda_graph)
 
 
 def tune(

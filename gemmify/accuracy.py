@@ -21,19 +21,32 @@ from .errors import InputError
 if TYPE_CHECKING:
     from lowering import LoweringCost
 
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+UNIT = {"float16": 2.0**-11, "tf32": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 """The rounding unit of a dtype: the largest relative error of one rounding."""
 
 SLACK = 2.0
 DEFAULT_MAX_ERROR = 1e-3
 
 
-def expected_error(cost: LoweringCost, dtype: str) -> float:
-    """The error to expect of a layer, relative to its largest absolute output, where its tensors are of `dtype`."""
+def expected_error(cost: LoweringCost, dtype: str, multiplied: str | None = None) -> float:
+    """The error to expect of a layer, relative to its largest absolute output, where its tensors are of `dtype`.
+
+    `multiplied` is what the factors of each product are rounded to where that is coarser than what they are computed
+    in ("tf32"). Those roundings are independent, so that a sum's relative error does not grow with its length, but what
+    a lowering amplifies beyond a plain dot product it amplifies of them, too.
+    """
     from lowering.problem import accumulator  # running a library, which parses bounds too, must not load the compiler
 
     computed = SLACK * UNIT[accumulator(dtype)] * (cost.error_growth + 1)
+    if multiplied is not None:
+        computed += SLACK * UNIT[multiplied] * amplification(cost)
     return computed if accumulator(dtype) == dtype else computed + UNIT[dtype]
+
+
+def amplification(cost: LoweringCost) -> float:
+    """How much more a lowering makes of the rounding of a factor than a plain dot product does."""
+    longest = max((gemm.k for gemm in cost.gemms), default=1)
+    return max(1.0, cost.error_growth / (math.sqrt(longest) + 1))
 
 
 def parse_error(value: Any) -> float:

@@ -71,6 +71,9 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
             "picture",
             "max_error",
             "tuning_minutes",
+            "bundle",
+            "imported",
+            "minutes",
         )
         keywords = {name: getattr(args, name) for name in names} | {"shapes": dict(args.shape or []) or None}
         keywords |= log_choices(args)

@@ -114,11 +114,14 @@ def log_choices(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None:
-    parser.add_argument("--target", help='"llvm" is this machine; else e.g. "llvm -mcpu=x86-64-v3"')
+    target = '"llvm" is this machine; else e.g. "llvm -mcpu=x86-64-v3", "cuda -arch=sm_90", "cuda -arch=sm_80,sm_90"'
+    parser.add_argument("--target", help=target)
     lowering = "of every layer, or of the named ones; default: auto; several add up"
     parser.add_argument("--lowering", type=_lowering, action="append", metavar="KEY|LAYER=KEY,...", help=lowering)
     parser.add_argument("--strict", action="store_true", help="fail where the lowering does not fit a layer")
     parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
+    dtype = "convert a network of float32 to float16 or bfloat16, inputs and outputs too"
+    parser.add_argument("--dtype", metavar="DTYPE", help=dtype)
     parser.add_argument(
         "--max-workspace", type=size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 65536 or 1MiB"
     )
@@ -126,12 +129,14 @@ def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None
     parser.add_argument("--plan", metavar="FILE", help="a plan, as `gemmify plan` writes it: layer -> lowering")
     _log_options(parser)
     if dump:
+        graph = "of a GPU: repeat a recorded graph of launches at each run"
+        parser.add_argument("--cuda-graph", action="store_true", help=graph)
         parser.add_argument("--dump", metavar="DIR", help="write the module after each stage there")
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="*", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--suite", metavar="NAME", help="instead of models: layers, gemm or lowerings")
+    parser.add_argument("--suite", metavar="NAME", help="instead of models: layers, gemm, lowerings or gpu")
     parser.add_argument("--layer", metavar="NAME", help="of the suite, this name or pattern, e.g. 'vgg16:*'")
     parser.add_argument("--quick", action="store_true", help="of the suite, few shapes and few runs")
     parser.add_argument("--target", help="default: this machine")
@@ -147,6 +152,11 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     _max_error_option(parser)
     _log_options(parser)
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    bundle = "of the suite gpu: write a tar to be run where the GPU is, with run.py; needs no GPU"
+    parser.add_argument("--bundle", metavar="OUT.tar", help=bundle)
+    parser.add_argument("--import", dest="imported", metavar="FILE", help="show what run.py of a bundle wrote")
+    minutes = "of the suite gpu: wall time of building and measuring (default: 8)"
+    parser.add_argument("--minutes", type=float, metavar="N", help=minutes)
     picture = "of the suite lowerings, time against workspace; needs the extra `report`"
     parser.add_argument("--picture", metavar="FILE.svg|.png", help=picture)
 
@@ -158,9 +168,11 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
         "lowering": add_up(args.lowering) if args.lowering else None,
         "strict": args.strict or None,
         "shapes": dict(args.shape) if args.shape else None,
+        "dtype": args.dtype,
         "max_workspace": args.max_workspace,
         "max_error": args.max_error,
         "plan": args.plan,
+        "cuda_graph": getattr(args, "cuda_graph", None) or None,
         "dump_dir": getattr(args, "dump", None),
     }
     return {name: value for name, value in options.items() if value is not None} | log_choices(args)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tvm
 
@@ -17,12 +18,12 @@ from lowering import LOWERINGS, Lowering, Problem, Reason
 from lowering.epilogue import EpilogueOp
 from lowering.problem import accumulator
 from lowering.registry import check_attributes
-from schedules import Machine
+from schedules import AnyMachine, Gpu, machine_of
 
-from .accuracy import UNIT
+from .accuracy import UNIT, amplification
 from .dtypes import refusal
 from .errors import CheckError, InputError
-from .kernels import LayerKernels, layer_kernels, operand_shape, tile_for
+from .kernels import LayerKernels, layer_kernels, on_machine, operand_shape, tile_for
 from .layer import LayerKernel
 from .layer_reference import apply_epilogue, channels_first, magnitude, random_arrays, reference
 from .pipeline import resolve_target
@@ -71,7 +72,7 @@ def check_lowering(
     """
     check_attributes(lowering)
     resolved = resolve_target(target)
-    machine = Machine.from_target(resolved)
+    machine = machine_of(resolved)
     failures = list(_odd_answers(lowering, problems or ()))
     if problems is None:
         found = [] if failures else accepted(lowering, count)
@@ -130,9 +131,9 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def _contract(lowering: Lowering, problem: Problem, machine: Machine) -> Iterator[str]:
+def _contract(lowering: Lowering, problem: Problem, machine: AnyMachine) -> Iterator[str]:
     """What cost and stages say that contradicts each other or changes from call to call."""
-    tile = tile_for(lowering, problem, machine)
+    problem, tile = on_machine(problem, machine), tile_for(lowering, problem, machine)
     cost, stages = lowering.cost(problem, tile), lowering.build(problem, tile)
     where = f"{tile} {problem}"
     if cost != lowering.cost(problem, tile):
@@ -175,13 +176,13 @@ class _Function:
 
 
 def compile_cases(
-    cases: Sequence[Case], machine: Machine, target: tvm.target.Target, lowerings: Sequence[Lowering] | None = None
+    cases: Sequence[Case], machine: AnyMachine, target: tvm.target.Target, lowerings: Sequence[Lowering] | None = None
 ) -> list[LayerKernel]:
     """Every one of `lowerings` (default: the catalogue) that applies to every case, in one module."""
     built: list[LayerKernels] = []
     for problem, ops in cases:
         asked = LOWERINGS.values() if lowerings is None else lowerings
-        usable = [lowering for lowering in asked if lowering.applicable(problem) is None]
+        usable = [lowering for lowering in asked if lowering.applicable(on_machine(problem, machine)) is None]
         built += [layer_kernels(lowering, problem, machine, ops) for lowering in usable]
     names = [[f"f{i}_{j}" for j in range(len(b.kernels))] for i, b in enumerate(built)]
     functions = {
@@ -190,7 +191,9 @@ def compile_cases(
         for kernel, name in zip(b.kernels, own, strict=True)
     }
     module = tvm.compile(tvm.IRModule(functions), target=target, tir_pipeline=TIR_PIPELINE)
-    return [LayerKernel(b, [_Function(module, name) for name in own]) for b, own in zip(built, names, strict=True)]
+    device = tvm.cuda(0) if isinstance(machine, Gpu) else tvm.cpu()
+    functions_of = [[_Function(module, name) for name in own] for own in names]
+    return [LayerKernel(b, own, device) for b, own in zip(built, functions_of, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,16 +228,26 @@ def check(layer: LayerKernel, ops: tuple[EpilogueOp, ...]) -> str | None:
         got = layer.run(want.data, want.weight, want.operands)
     packed = sum(kernel.bytes for kernel in layer.kernels.kernels if kernel.kind == "weight")
     where = f"{lowering.key} {layer.kernels.tile} {problem} {ops}"
-    if layer.workspace_bytes != cost.workspace_bytes:
-        return f"{where}: cost says {cost.workspace_bytes} bytes of workspace, {layer.workspace_bytes} are allocated"
+    # What a staged problem needs between launches is allocated beside its workspaces, what a CPU needs in its kernels.
+    said = cost.scratch(1) if getattr(problem, "staged", False) else cost.workspace_bytes
+    if layer.workspace_bytes != said:
+        return f"{where}: cost says {said} bytes of workspace, {layer.workspace_bytes} are allocated"
     if packed != cost.weight_bytes:
         return f"{where}: cost says {cost.weight_bytes} bytes of weights, {packed} are stored"
     if faults := layer.faults():
         return f"{where}: {'; '.join(faults)}"
-    limit = tolerance(problem.dtype, want, cost.error_growth, ops)
-    worst = float(np.max(np.abs(got - want.result)))
+    limit = tolerance(problem.dtype, want, growth_of(layer.kernels), ops)
+    worst = float(np.max(np.abs(got.astype("float64") - want.result)))
     # A NaN compares as False: it must fail.
     return None if worst <= limit else f"{where}: error {worst:.2e}, limit {limit:.2e}"
+
+
+def growth_of(kernels: LayerKernels) -> float:
+    """How the rounding errors of a layer grow, in units of its arithmetic, those of rounded factors included."""
+    cost, dtype = kernels.cost, kernels.problem.dtype
+    if kernels.multiplied is None:
+        return cost.error_growth
+    return cost.error_growth + amplification(cost) * UNIT[kernels.multiplied] / UNIT[accumulator(dtype)]
 
 
 def tolerance(dtype: str, want: Expected, growth: float, ops: Sequence[EpilogueOp]) -> float:
@@ -249,5 +262,5 @@ def tolerance(dtype: str, want: Expected, growth: float, ops: Sequence[EpilogueO
         peak = peak * size if op.kind in ("scale", "mul") else peak + size
     if accumulator(dtype) != dtype:
         # Stored in fewer digits, once: half a step of the largest output, or of a number too small for all its digits.
-        error += UNIT[dtype] * (float(np.abs(want.result).max()) + error) + float(np.finfo(dtype).smallest_subnormal)
+        error += UNIT[dtype] * (float(np.abs(want.result).max()) + error) + float(ml_dtypes.finfo(dtype).smallest_subnormal)
     return error

@@ -16,7 +16,7 @@ from typing import Any
 from lowering import DenseProblem, Problem
 from lowering.base import layer_kind
 from lowering.graph.epilogue import LayerSite
-from schedules import Machine
+from schedules import AnyMachine, machine_of
 
 from .dtypes import require_dtype
 from .frontend import import_model
@@ -42,6 +42,7 @@ def explain_model(
     lowering: Any = "auto",
     strict: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     threads: int | None = None,
     max_workspace: int | str | None = None,
@@ -61,12 +62,12 @@ def explain_model(
     InputError for a layer that the model does not have, and otherwise as `compile_model` does.
     """
     resolved = resolve_target(target)
-    machine = Machine.from_target(resolved)
+    machine = machine_of(resolved)
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
     tuned = open_logs(resolved, default_threads() if threads is None else threads, logs)
     chooser, choices = Chooser(machine, policy, tuned, frozen), dict[str, Choice]()
     count = default_threads() if threads is None else check_threads(threads)
-    imported = import_model(model, shapes)
+    imported = import_model(model, shapes, dtype)
     sites = list(layer_sites(lowering_graph(imported.mod), policy).values())
     if layer is not None:
         wanted = [site for site in sites if site.name == layer]
@@ -118,7 +119,7 @@ def _measured(tuned: Tuned | None, task: Task) -> dict[str, float]:
 
 
 def _placed(
-    choice: Choice, candidates: list[Candidate], problem: Problem, machine: Machine
+    choice: Choice, candidates: list[Candidate], problem: Problem, machine: AnyMachine
 ) -> tuple[Candidate, list[Candidate]]:
     """The chosen candidate, and all of them with it in the place of its lowering with other sizes."""
     if choice.point is None:

@@ -14,13 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import GemmifyError, InputError
 from .host import arch_of, host_arch
-from .manifest import Manifest, append_manifest, read_manifest
+from .manifest import Manifest, append_manifest, read_manifest, target_archs, target_triple
 from .threads import without_scope_lines
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "find_linker",
     "read_manifest",
     "write_file",
+    "write_library",
 ]
 
 _INSTALL = "install gcc or clang (e.g. apt install gcc), or `pip install ziglang`"
@@ -181,22 +182,76 @@ def _finish(image: Path, manifest: Manifest, place: Path) -> Path:
     return place
 
 
+def _pack(archs: Sequence[str]) -> Callable[..., str] | None:
+    """TVM's hook that packs the imports of a library: with device code for `archs`; None, TVM's own way, for a CPU."""
+    if not archs:
+        return None
+    from .cuda.packing import pack_imports, write_object
+    from .cuda.toolchain import compile_cuda
+
+    def pack(module: Any, _system: bool, prefix: str, folder: str) -> str:
+        packed = pack_imports(module, lambda text: compile_cuda(text, tuple(archs)).image)
+        place = Path(folder) / f"{prefix}devc.o"
+        with place.open("wb") as file:
+            write_object(Path(folder) / "lib0.o", packed.parts(), file)
+        return str(place)
+
+    return pack
+
+
+def _build_image(executable: Any, triple: str, archs: Sequence[str], name: str, folder: Path) -> Path:
+    """Link `executable` as a shared library in `folder`; `name` is what errors call it."""
+    command, image = find_linker(triple), folder / "library.so"
+    with _memory_objects(folder, ("lib0.o", "devc.o")), without_scope_lines():
+        executable.mod.export_library(
+            str(image),
+            fcompile=lambda output, objects, **_: _link(command, name, Path(output), list(objects)),
+            fpack_imports=_pack(archs),
+            workspace_dir=str(folder),
+        )
+    return image
+
+
 def export_executable(executable: Any, manifest: Manifest, path: str | os.PathLike[str]) -> Path:
     """Write `executable` (Relax VMExecutable) and `manifest` as the shared library `path`, and `path`.json beside it.
 
-    Raises InputError for an impossible path, GemmifyError where linking or writing fails (no compiler, full disk).
+    The code for a GPU goes in as machine code for the architectures of the manifest. Raises InputError for an
+    impossible path, GemmifyError where compiling that code, linking or writing fails (no compiler, full disk).
     """
     place = check_destination(path)
-    command = find_linker(manifest.triple)
+    find_linker(manifest.triple)  # before the work, not after
     try:
-        with _workspace(place) as folder, _memory_objects(folder, ("lib0.o", "devc.o")), without_scope_lines():
-            image = folder / "library.so"
-            executable.export_library(
-                str(image),
-                fcompile=lambda output, objects, **_: _link(command, place.name, Path(output), list(objects)),
-                workspace_dir=str(folder),
+        with _workspace(place) as folder:
+            return _finish(
+                _build_image(executable, manifest.triple, manifest.archs, place.name, folder), manifest, place
             )
-            return _finish(image, manifest, place)
+    except OSError as err:
+        raise _cannot_write(place, err) from err
+
+
+@contextlib.contextmanager
+def link_image(executable: Any, triple: str, archs: Sequence[str]) -> Iterator[Path]:
+    """`executable` as a shared library in a folder that lives as long as the block; errors as `export_executable`."""
+    with tempfile.TemporaryDirectory(prefix="gemmify-") as folder:
+        try:
+            image = _build_image(executable, triple, archs, "the network", Path(folder))
+        except OSError as err:
+            raise _cannot_write(Path(folder), err) from err
+        yield image
+
+
+def write_library(executable: Any, target: Any, path: str | os.PathLike[str]) -> Path:
+    """Write what `tvm.compile` made for `target` as the shared library `path`, with no manifest: for our own processes.
+
+    `target` is a checked tvm Target, or the LLVM triple of code for a CPU. Errors as `export_executable`.
+    """
+    place = check_destination(path)
+    triple = target if isinstance(target, str) else target_triple(target)
+    try:
+        with _workspace(place) as folder:
+            archs = () if isinstance(target, str) else target_archs(target)
+            os.replace(_build_image(executable, triple, archs, place.name, folder), place)
+            return place
     except OSError as err:
         raise _cannot_write(place, err) from err
 

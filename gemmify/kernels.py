@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from tvm import te, tirx
 
@@ -14,7 +15,8 @@ from lowering.backward import GradientProblem
 from lowering.base import operand_shapes, output_shape
 from lowering.epilogue import PER_CHANNEL, EpilogueOp, make_epilogue
 from lowering.problem import accumulator, dtype_bytes
-from schedules import Machine, schedule_func
+from lowering.staged import as_staged
+from schedules import AnyMachine, Gpu, schedule_func
 from schedules.cpu.tile import TileRequest, choose_tile
 
 from .errors import InputError
@@ -25,13 +27,17 @@ MOST_TILE = 4096
 """Elements of a register tile: every one is written out in the code, and compiled."""
 MOST_ELEMENTS = 2**31
 """Kernels index with 32 bits."""
+GPU_TILE = Tile(1, 1)
+"""What layers are built for on a GPU: how a block divides its GEMM is the schedule's matter, and nothing is padded."""
+SCRATCH, TF32 = "gemmify.scratch", "gemmify.tf32"
+"""Attributes of kernels: how many tensors it needs between its launches; whether float32 may be rounded to TF32."""
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One stage, scheduled. `reads` names the stages (or `data`, `weight`) that are its first arguments; the output
-    stage also takes the epilogue's operands, then every kernel takes the tensor that it writes, of shape `shape` and of
-    dtype `dtype`: that of the problem, or an integer type for a table of offsets."""
+    stage also takes the epilogue's operands, then every kernel takes its `scratch`, and last the tensor that it writes,
+    of shape `shape` and of dtype `dtype`: that of the problem, or an integer type for a table of offsets."""
 
     name: str
     reads: tuple[str, ...]
@@ -45,16 +51,45 @@ class Kernel:
         """Bytes of the tensor that it writes."""
         return prod(self.shape) * dtype_bytes(self.dtype)
 
+    @property
+    def scratch(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """(shape, dtype) of each tensor that it needs between its launches; none on a CPU."""
+        return scratch_of(self.func)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of all its scratch."""
+        return sum(prod(shape) * dtype_bytes(dtype) for shape, dtype in self.scratch)
+
+
+def scratch_count(func: tirx.PrimFunc) -> int:
+    """How many of a scheduled function's parameters, just before the last, are scratch."""
+    return int(func.attrs[SCRATCH]) if func.attrs and SCRATCH in func.attrs else 0
+
+
+def scratch_of(func: tirx.PrimFunc) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """(shape, dtype) of each of these parameters."""
+    params = list(func.params)[len(func.params) - 1 - scratch_count(func) : -1]
+    return tuple((tuple(int(extent) for extent in p.shape), str(p.dtype)) for p in params)
+
+
+def on_machine(problem: Any, machine: AnyMachine) -> Any:
+    """The problem in the terms in which layers are built on `machine`: staged on a GPU (`lowering.staged`)."""
+    return as_staged(problem) if isinstance(machine, Gpu) else problem
+
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """A layer in one lowering: its kernels in order, the tile that they were built for, and the cost by formula."""
+    """A layer in one lowering: its kernels in order, the tile that they were built for, and the cost by formula, to
+    which what the kernels need between their launches is added (`shared_bytes`). `problem` is that of `on_machine`,
+    `multiplied` what the factors of the products are rounded to (`multiplied_in`)."""
 
     lowering: Lowering
     problem: Problem
     tile: Tile
     cost: LoweringCost
     kernels: tuple[Kernel, ...]
+    multiplied: str | None = None
 
 
 def tile_request(lowering: Lowering, problem: Problem) -> TileRequest:
@@ -63,16 +98,22 @@ def tile_request(lowering: Lowering, problem: Problem) -> TileRequest:
 
 
 @lru_cache(maxsize=4096)
-def tile_for(lowering: Lowering, problem: Problem, machine: Machine) -> Tile:
-    """The default register tile of a lowering of `problem` on `machine`."""
+def tile_for(lowering: Lowering, problem: Problem, machine: AnyMachine) -> Tile:
+    """The default register tile of a lowering of `problem` on `machine`; GPU_TILE on every GPU."""
+    if isinstance(machine, Gpu):
+        return GPU_TILE
     return Tile(*choose_tile(tile_request(lowering, problem), machine))
 
 
 def too_large(lowering: Lowering, problem: Problem | GradientProblem, cost: LoweringCost) -> Reason | None:
-    """Why `lowering` cannot index all tensors of `problem` with 32 bits, or None: operands, output and workspaces."""
+    """Why `lowering` cannot index all tensors of `problem` with 32 bits, or None: operands, output and workspaces.
+
+    Where a staged problem is of half precision, a computed workspace, of float32, counts as if it were stored in half.
+    """
     found = {name: prod(shape) for name, shape in operand_shapes(problem, lowering.layout).items()}
     found["output"] = prod(output_shape(problem, lowering.layout))
-    element = dtype_bytes(accumulator(problem.dtype))
+    staged = getattr(problem, "staged", False)
+    element = dtype_bytes(problem.dtype if staged else accumulator(problem.dtype))
     found |= {name: size // element for name, size in cost.workspace.items()}
     found |= {"transformed weight": cost.weight_bytes // element, "scratch": cost.shared_bytes // element}
     name = max(found, key=lambda key: found[key])
@@ -81,8 +122,13 @@ def too_large(lowering: Lowering, problem: Problem | GradientProblem, cost: Lowe
     return Reason(f"needs tensors of fewer than 2^31 elements, got {found[name]} in its {name}")
 
 
-def require_tile(lowering: Lowering, problem: Problem, tile: Tile) -> None:
-    """InputError for a tile that a lowering of `problem` cannot be built for."""
+def require_tile(lowering: Lowering, problem: Problem, tile: Tile, machine: AnyMachine | None = None) -> None:
+    """InputError for a tile that a lowering of `problem` cannot be built for; a GPU has one tile only."""
+    if isinstance(machine, Gpu) and tile != GPU_TILE:
+        raise InputError(
+            f"on a GPU layers are built for a register tile of 1 x 1 and the schedule's knobs divide the work; got "
+            f"{tile.mr} x {tile.nr}; leave the tile out"
+        )
     if tile.mr * tile.nr > MOST_TILE:
         raise InputError(
             f"a register tile holds at most {MOST_TILE} elements, more than any CPU has registers for; got {tile.mr} x "
@@ -112,7 +158,7 @@ def operand_shape(op: EpilogueOp, problem: Problem, layout: str) -> tuple[int, .
 def layer_kernels(
     lowering: Lowering,
     problem: Problem,
-    machine: Machine,
+    machine: AnyMachine,
     ops: tuple[EpilogueOp, ...] = (),
     tile: Tile | None = None,
     schedule: ScheduleKnobs = (),
@@ -122,21 +168,41 @@ def layer_kernels(
     The operands are numbered as in `ops`; those of kind bias/scale have shape `(M,)`, the others the output's.
     `schedule` holds (name, value) pairs of `schedules.knob_space`; each kernel takes those that it knows.
     """
+    problem = on_machine(problem, machine)
     require_sizes(lowering, problem)
     if tile is None:
         tile = tile_for(lowering, problem, machine)
     else:
-        require_tile(lowering, problem, tile)
+        require_tile(lowering, problem, tile, machine)
     operands = _operand_placeholders(lowering, problem, ops)
     stages = lowering.stages(problem, tile, make_epilogue(ops, operands, lowering.layout))
     given = operand_shapes(problem, lowering.layout)
     known = {name: (shape, problem.dtype) for name, shape in given.items()}
     kernels = []
+    multiplied = multiplied_in(lowering, problem.dtype, machine)
+    attrs = {TF32: 1} if multiplied else {}
     for stage in stages:
-        kernel = _stage_kernel(stage, known, operands if stage.kind == "output" else (), machine, dict(schedule))
+        given_operands = operands if stage.kind == "output" else ()
+        kernel = _stage_kernel(stage, known, given_operands, machine, dict(schedule), attrs)
         known[stage.name] = (kernel.shape, kernel.dtype)
         kernels.append(kernel)
-    return LayerKernels(lowering, problem, tile, lowering.cost(problem, tile), tuple(kernels))
+    scratch = sum(kernel.scratch_bytes for kernel in kernels if kernel.kind != "weight")
+    cost = lowering.cost(problem, tile)
+    cost = replace(cost, shared_bytes=cost.shared_bytes + scratch)
+    return LayerKernels(lowering, problem, tile, cost, tuple(kernels), multiplied)
+
+
+def multiplied_in(lowering: Lowering, dtype: str, machine: AnyMachine) -> str | None:
+    """ "tf32" where the factors of a layer's products are rounded to that, else None: they are taken as stored.
+
+    TF32 where the user allows it for float32 layers; and in layers of half precision, whose float32 scratch (Winograd's
+    transforms) holds more digits than they are given in or asked for. Never by the definition itself.
+    """
+    if not isinstance(machine, Gpu) or not machine.bfloat16 or lowering.gemm_formula.startswith("none"):
+        return None
+    half = accumulator(dtype) != dtype
+    rounded = lowering.computes_operands if half else dtype == "float32" and machine.allow_tf32
+    return "tf32" if rounded else None
 
 
 def _operand_placeholders(lowering: Lowering, problem: Problem, ops: Sequence[EpilogueOp]) -> list[te.Tensor]:
@@ -151,14 +217,15 @@ def _stage_kernel(
     stage: Stage,
     known: dict[str, tuple[tuple[int, ...], str]],
     operands: Sequence[te.Tensor],
-    machine: Machine,
+    machine: AnyMachine,
     knobs: dict[str, int | str],
+    attrs: dict[str, int],
 ) -> Kernel:
     inputs = [te.placeholder(*known[name], name=name) for name in stage.reads]
     output = stage.compute(*inputs)
     func = te.create_prim_func([*inputs, *operands, output])
     shape = tuple(int(extent) for extent in output.shape)
-    func = schedule_func(func, machine, knobs)
+    func = schedule_func(func.with_attrs(attrs) if attrs else func, machine, knobs)
     if stage.kind == "workspace":
         func = func.with_attr("gemmify.workspace", 1)
     return Kernel(stage.name, stage.reads, func, stage.kind, shape, str(output.dtype))

@@ -13,22 +13,26 @@ from lowering import Lowering, Problem, Tile
 from lowering.backward import GradientProblem, lowerings_of
 from lowering.base import operand_shapes, output_shape
 from lowering.epilogue import EpilogueOp
-from schedules import Machine
+from schedules import AnyMachine, Gpu, machine_of
 
 from .dtypes import require_dtype
 from .errors import InputError
 from .guarded import Guarded
-from .kernels import LayerKernels, ScheduleKnobs, layer_kernels, require_sizes, tile_for, too_large
+from .kernels import LayerKernels, ScheduleKnobs, layer_kernels, on_machine, require_sizes, tile_for, too_large
 from .pipeline_build import TIR_PIPELINE
 from .select import suitable
 
 
 @dataclass
 class LayerKernel:
-    """A compiled layer. Workspaces belong to it, so that calling it again allocates nothing."""
+    """A compiled layer. Workspaces belong to it, so that calling it again allocates nothing.
+
+    `device` holds its tensors; where that is a GPU a call returns before the work is done (`wait`).
+    """
 
     kernels: LayerKernels
     functions: list[tvm.runtime.Module]
+    device: tvm.runtime.Device = field(default_factory=tvm.cpu)
     _tensors: dict[str, tvm.runtime.Tensor] = field(default_factory=dict)
     _guarded: dict[str, Guarded] = field(default_factory=dict)
     # Found once: to look a function up in its module takes ten times as long as to call it.
@@ -36,8 +40,10 @@ class LayerKernel:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the workspace tensors that are really allocated."""
-        return sum(kernel.bytes for kernel in self.kernels.kernels if kernel.kind == "workspace")
+        """Bytes of the workspace tensors that are really allocated, and of what kernels need between their launches."""
+        stages = [kernel for kernel in self.kernels.kernels if kernel.kind != "weight"]
+        between = sum(kernel.scratch_bytes for kernel in stages)
+        return between + sum(kernel.bytes for kernel in stages if kernel.kind == "workspace")
 
     def bind(self, data: np.ndarray, weight: np.ndarray, operands: Sequence[np.ndarray] = ()) -> None:
         """Give the layer its tensors (in the lowering's layout) and transform the weight; everything it will write
@@ -45,15 +51,20 @@ class LayerKernel:
         tensor whatever the problem calls it: the gradient of a layer by its weights takes the layer's input there.
         """
         names = operand_shapes(self.kernels.problem, self.kernels.lowering.layout)
-        self._guarded = {name: Guarded.of(given) for name, given in zip(names, (data, weight), strict=True)}
-        self._guarded |= {f"operand {i}": Guarded.of(operand) for i, operand in enumerate(operands)}
-        self._guarded |= {k.name: Guarded.poisoned(k.shape, k.dtype) for k in self.kernels.kernels}
+        at, stages = self.device, self.kernels.kernels
+        self._guarded = {name: Guarded.of(given, at) for name, given in zip(names, (data, weight), strict=True)}
+        self._guarded |= {f"operand {i}": Guarded.of(operand, at) for i, operand in enumerate(operands)}
+        self._guarded |= {k.name: Guarded.poisoned(k.shape, k.dtype, at) for k in stages}
+        self._guarded |= {
+            _between(k.name, i): Guarded.poisoned(*found, at) for k in stages for i, found in enumerate(k.scratch)
+        }
         self._tensors = {name: guarded.tensor for name, guarded in self._guarded.items()}
         self._operands = [self._tensors[f"operand {i}"] for i in range(len(operands))]
         self._calls = []
         for kernel, function in zip(self.kernels.kernels, self.functions, strict=True):
             extra = self._operands if kernel.kind == "output" else []
-            arguments = (*(self._tensors[r] for r in kernel.reads), *extra, self._tensors[kernel.name])
+            between = [self._tensors[_between(kernel.name, i)] for i in range(len(kernel.scratch))]
+            arguments = (*(self._tensors[r] for r in kernel.reads), *extra, *between, self._tensors[kernel.name])
             if kernel.kind == "weight":
                 function["main"](*arguments)
             else:
@@ -63,6 +74,10 @@ class LayerKernel:
         """Run the activation stages on the bound tensors."""
         for function, arguments in self._calls:
             function(*arguments)
+
+    def wait(self) -> None:
+        """Return when the work of all calls is done."""
+        self.device.sync()
 
     def faults(self) -> list[str]:
         """What the calls did beside their tensors: memory around one written, or a workspace left with poison in it,
@@ -92,12 +107,19 @@ class LayerKernel:
         for _ in range(warmup):
             self()
         seconds = []
+        self.wait()
         for _ in range(repeat):
             start = time.perf_counter()
             for _ in range(number):
                 self()
+            self.wait()
             seconds.append((time.perf_counter() - start) / number)
         return seconds
+
+
+def _between(stage: str, index: int) -> str:
+    """The name of a kernel's scratch among the tensors."""
+    return f"scratch {index} of {stage}"
 
 
 def compile_layer(
@@ -121,7 +143,8 @@ def compile_layer(
         if lowering not in known:
             raise InputError(f"lowering {lowering!r} is not one of {', '.join(known)}")
         lowering = known[lowering]
-    machine = Machine.from_target(target)
+    machine = machine_of(target)
+    problem = on_machine(problem, machine)
     reason = lowering.applicable(problem)
     if reason is None:
         require_sizes(lowering, problem)
@@ -137,10 +160,10 @@ def compile_layer(
         )
         for k in kernels.kernels
     ]
-    return LayerKernel(kernels, functions)
+    return LayerKernel(kernels, functions, tvm.cuda(0) if isinstance(machine, Gpu) else tvm.cpu())
 
 
-def _what_works(problem: Problem | GradientProblem, machine: Machine) -> str:
+def _what_works(problem: Problem | GradientProblem, machine: AnyMachine) -> str:
     if not isinstance(problem, GradientProblem):
         return suitable(problem, machine)
     keys = [key for key, lowering in lowerings_of(problem).items() if lowering.applicable(problem) is None]

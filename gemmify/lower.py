@@ -25,6 +25,7 @@ from .dtypes import require_dtype
 from .errors import InputError
 from .fold import evaluate
 from .kernels import Kernel, LayerKernels, layer_kernels
+from .scratch import call_kernel
 from .select import Choice, Policy
 from .tuning.choice import Chooser
 from .tuning.task import Task
@@ -133,7 +134,7 @@ def _pack_weights(plans: dict[str, _Plan]) -> dict[str, dict[str, np.ndarray]]:
 def _pack_layer(plan: _Plan) -> dict[str, np.ndarray]:
     # A table of offsets reads nothing: it is known even where the weight is not.
     arrays = {"weight": plan.site.weight} if isinstance(plan.site.weight, np.ndarray) else {}
-    for stage in plan.choice.lowering.stages(plan.site.problem, plan.choice.tile):
+    for stage in plan.choice.lowering.stages(plan.kernels.problem, plan.choice.tile):
         if stage.kind == "weight" and all(r in arrays for r in stage.reads):
             inputs = [te.placeholder(arrays[r].shape, str(arrays[r].dtype), name=r) for r in stage.reads]
             known = {t: arrays[r] for t, r in zip(inputs, stage.reads, strict=True)}
@@ -182,8 +183,10 @@ class _Rewriter:
                 continue
             gvar = self._global(kernel, lowering)
             inputs = [tensors[r] for r in kernel.reads] + (operands if kernel.kind == "output" else [])
-            call = relax.call_tir(gvar, inputs, relax.TensorType(kernel.shape, kernel.dtype))
             hint = site.name if kernel.kind == "output" else f"{site.name}_{kernel.name}"
+            call, last = call_kernel(kernel.func, gvar, inputs, [relax.TensorType(kernel.shape, kernel.dtype)])
+            if last >= 0:
+                call = relax.TupleGetItem(bb.emit(call, f"{hint}_all"), last)
             tensors[kernel.name] = bb.emit(call, hint)
             layer.functions.append(gvar.name_hint)
         self.layers.append(layer)

@@ -45,11 +45,12 @@ class TensorSpec:
 class Manifest:
     """All that is known of a compiled network without running it.
 
-    `target` is TVM's dict, `triple` LLVM's; `cpu_features` are spelled as in /proc/cpuinfo. Each entry of `layers`
-    holds name, op, problem, lowering, reason, gemm (m, n, k), count, macs, workspace_bytes, weight_bytes. `memory`
-    holds bytes by kind (weights, arena, workspace, outputs), `plan` layer name -> lowering, `log_hash` names the tuning
-    records that were used, `tuning` says how many layers they settled (`tuning.choice.coverage`), `threads` is the
-    number of threads the code was made for.
+    `target` is TVM's dict, `triple` LLVM's (of the host, for a GPU); `cpu_features` are spelled as in /proc/cpuinfo.
+    Each entry of `layers` holds name, op, problem, lowering, reason, gemm (m, n, k), count, macs, workspace_bytes,
+    weight_bytes. `memory` holds bytes by kind (weights, arena, workspace, outputs), `plan` layer name -> lowering,
+    `log_hash` names the tuning records that were used, `tuning` says how many layers they settled
+    (`tuning.choice.coverage`), `threads` is the number of threads the code was made for, `cuda_graph` says that a run
+    is to repeat a recorded graph of launches.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Manifest:
     log_hash: str | None = None
     tuning: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
+    cuda_graph: bool = False
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -117,6 +119,11 @@ class Manifest:
             threads=int(threads),
         )
 
+    @property
+    def archs(self) -> tuple[str, ...]:
+        """The GPU architectures that the code is for, lowest first; () for a CPU."""
+        return archs_of(self.target)
+
     def to_json(self) -> str:
         """The manifest as indented JSON text."""
         return json.dumps(asdict(self), indent=1, default=_plain)
@@ -162,19 +169,38 @@ def target_dict(target: Any) -> dict[str, Any]:
     return plain
 
 
+def cpu_target(target: Any) -> Any:
+    """`target`, or the target of its host where it is a GPU's."""
+    return target if target.host is None or target.kind.name == "llvm" else target.host
+
+
+def target_archs(target: Any) -> tuple[str, ...]:
+    """The GPU architectures of a checked target, lowest first; () for a CPU."""
+    return archs_of(target_dict(target))
+
+
+def archs_of(target: Mapping[str, Any]) -> tuple[str, ...]:
+    """The GPU architectures of the dict of a target, lowest first; () for a CPU. As `schedules.cuda.target` writes
+    them: the lowest is TVM's own `arch`, the others are among `libs`."""
+    if target.get("kind") != "cuda":
+        return ()
+    further = [str(name) for name in target.get("libs") or () if str(name).startswith("sm_")]
+    return tuple(filter(None, (str(target.get("arch", "")), *further)))
+
+
 def target_triple(target: Any) -> str:
-    """The LLVM triple that `target` generates code for."""
+    """The LLVM triple that `target`, or its host, generates code for."""
     import tvm
 
-    triple = dict(target.attrs).get("mtriple")
+    triple = dict(cpu_target(target).attrs).get("mtriple")
     return str(triple or tvm.target.codegen.llvm_get_system_triple())
 
 
 def required_cpu_features(target: Any) -> tuple[str, ...]:
-    """The CPU features that code for `target` (its mcpu and mattr) may use, as /proc/cpuinfo spells them."""
+    """The CPU features that code for `target` or its host (mcpu and mattr) may use, as /proc/cpuinfo spells them."""
     import tvm
 
-    features = tvm.target.codegen.llvm_get_cpu_features(target)
+    features = tvm.target.codegen.llvm_get_cpu_features(cpu_target(target))
     return kernel_names(arch_of(target_triple(target)), (str(f) for f in features))
 
 

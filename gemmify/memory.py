@@ -24,11 +24,13 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
-from gemmify.arena import Request, assign_offsets, peak
+from gemmify.arena import ALIGNMENT, Request, assign_offsets, peak
 from gemmify.errors import UnsupportedError
 
 WORKSPACE_ATTR = "gemmify.workspace"
 """Attribute (any non-zero integer) of a PrimFunc whose outputs are workspace of a layer, not activations."""
+SCRATCH_ATTR = "gemmify.scratch"
+"""Attribute of a PrimFunc: how many arguments just before its last are workspace, whatever the others are."""
 
 REBASE = "gemmify_rebase"
 _ALLOC = "relax.builtin.alloc_tensor"
@@ -120,6 +122,12 @@ def _tensor_bytes(call: relax.Call, name: str) -> int:
     return prod(int(d) for d in dims if d is not None) * _element_bytes(str(dtype.value))
 
 
+def _scratch(call: relax.Call, callee: object) -> list[relax.Expr]:
+    """The arguments of a call that the function needs only between its own launches (see `gemmify.scratch`)."""
+    count = int(callee.attrs.get(SCRATCH_ATTR, 0)) if isinstance(callee, tirx.PrimFunc) else 0
+    return list(call.args)[len(call.args) - 1 - count : -1] if count else []
+
+
 class _Liveness:
     """Walks the bindings of `main` in order and records, for each allocation, the calls that touch it."""
 
@@ -167,9 +175,11 @@ class _Liveness:
         touched = _flat(tuple(self._of(a) for a in call.args))
         callee = self.mod[call.op] if isinstance(call.op, tvm.ir.GlobalVar) else None
         is_workspace = isinstance(callee, tirx.PrimFunc) and bool(callee.attrs.get(WORKSPACE_ATTR, 0))
+        scratch = _flat(tuple(self._of(a) for a in _scratch(call, callee)))
         for i in touched:
             alloc = self.allocs[i]
-            if alloc.first is None and is_workspace:  # the first call to touch a tensor is the one that writes it
+            # The first call to touch a tensor is the one that writes it.
+            if alloc.first is None and (is_workspace or i in scratch):
                 alloc.kind = "workspace"
             alloc.touch(self.calls)
         self.calls += 1
@@ -248,8 +258,9 @@ def _check_others(mod: tvm.IRModule) -> None:
             )
 
 
-def plan_arena(mod: tvm.IRModule) -> tuple[tvm.IRModule, MemoryPlan]:
-    """Places every intermediate tensor of `main` in one arena; returns the new module and the plan.
+def plan_arena(mod: tvm.IRModule, alignment: int = ALIGNMENT) -> tuple[tvm.IRModule, MemoryPlan]:
+    """Places every intermediate tensor of `main` in one arena, at multiples of `alignment` bytes (itself a multiple of
+    ALIGNMENT); returns the new module and the plan.
 
     `mod` is what `CallTIRRewrite` returns: straight-line `main`, `relax.builtin.alloc_tensor` for each tensor. Tensors
     that `main` returns (or whose view it returns) are left for `LowerAllocTensor`. Raises UnsupportedError for shapes
@@ -259,7 +270,9 @@ def plan_arena(mod: tvm.IRModule) -> tuple[tvm.IRModule, MemoryPlan]:
     live = _Liveness(mod, mod["main"])
     inner = [a for i, a in enumerate(live.allocs) if i not in live.outputs]
     requests = [Request(a.bytes, a.first or 0, a.last) for a in inner]
-    offsets = assign_offsets(requests)
+    # The size of a tensor decides where the next one may begin.
+    rounded = [Request(-(-r.bytes // alignment) * alignment, r.first, r.last) for r in requests]
+    offsets = assign_offsets(requests if alignment == ALIGNMENT else rounded)
     placements = tuple(
         TensorPlacement(a.name, a.bytes, offset, r.first, r.last, a.kind)
         for a, r, offset in zip(inner, requests, offsets, strict=True)

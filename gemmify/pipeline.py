@@ -15,19 +15,24 @@ from tvm import relax, tirx
 
 import lowering.graph
 from lowering.graph.epilogue import LayerSite
-from schedules import Machine, TargetError, parse_target, schedule_module
+from schedules import TargetError, machine_of, parse_target, schedule_module
 
+from .cuda.build import compile_imports, cuda_text
+from .cuda.resources import KernelResources
+from .cuda.toolchain import check_toolchain
 from .errors import GemmifyError, InputError
 from .export import check_destination
 from .frontend import ImportedModel, import_model
 from .layer import LayerKernel, compile_layer
+from .loading import check_graph
 from .lower import LoweredLayer, choose_layers, lower_layers
-from .manifest import Manifest
+from .manifest import Manifest, target_archs
 from .memory import MemoryPlan
 from .pipeline_build import build_executable
 from .plan import Plan
+from .scratch import allocate_scratch
 from .select import Choice, Policy, make_policy
-from .threads import default_threads
+from .threads import default_threads, require_one_thread
 from .tuning.choice import Chooser, log_hash
 from .tuning.use import open_logs
 
@@ -39,12 +44,13 @@ _OPAQUE = 8  # relax.OpPatternKind.kOpaque: our kernels are finished, FuseOps mu
 
 @dataclass
 class Compilation:
-    """The executable of the Relax VM and all that is known of it."""
+    """The executable of the Relax VM and all that is known of it; `resources` of the kernels where they are a GPU's."""
 
     executable: Any
     manifest: Manifest
     layers: list[LoweredLayer]
     memory: MemoryPlan
+    resources: tuple[KernelResources, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def plan_model(
     lowering: Any = "auto",
     strict: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     threads: int | None = None,
     max_workspace: int | str | None = None,
@@ -72,20 +79,21 @@ def plan_model(
     frozen: bool = False,
 ) -> Planned:
     """Choose the lowering of every layer of `model` as `compile_model` does with the same arguments; same errors."""
-    resolved, count = resolve_target(target), threads or default_threads()
+    resolved = resolve_target(target)
+    count = threads_for(resolved, threads)
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
-    chooser = Chooser(Machine.from_target(resolved), policy, open_logs(resolved, count, logs), frozen)
-    name, chosen = chosen_layers(model, shapes, chooser)
+    chooser = Chooser(machine_of(resolved), policy, open_logs(resolved, count, logs), frozen)
+    name, chosen = chosen_layers(model, shapes, chooser, dtype)
     choices = {site.name: choice for site, choice in chosen}
     layers = [_describe(site, choice, count) for site, choice in chosen]
     return Planned(name, Plan.of(choices), layers, chooser.coverage(choices))
 
 
 def chosen_layers(
-    model: Any, shapes: Mapping[str, Sequence[int]] | None, chooser: Chooser
+    model: Any, shapes: Mapping[str, Sequence[int]] | None, chooser: Chooser, dtype: str | None = None
 ) -> tuple[str, list[tuple[LayerSite, Choice]]]:
     """The model's name, and what `chooser` takes for each of its layers, in the order in which they run."""
-    imported = import_model(model, shapes)
+    imported = import_model(model, shapes, dtype)
     return imported.name, list(choose_layers(lowering_graph(imported.mod), chooser).values())
 
 
@@ -97,9 +105,18 @@ def resolve_target(target: Any) -> tvm.target.Target:
         parsed = parse_target(target)
     except TargetError as err:
         raise InputError(str(err)) from err
-    if parsed.kind.name != "llvm":
-        raise InputError(f"target {parsed.kind.name} is not supported in this version; use llvm")
+    if parsed.kind.name not in ("llvm", "cuda"):
+        raise InputError(f"target {parsed.kind.name} is not supported; use llvm, or cuda -arch=sm_XX")
     return parsed
+
+
+def threads_for(target: tvm.target.Target, threads: int | None) -> int:
+    """How many CPU threads code for `target` is made for: `threads`, by default this machine's; 1, which launches the
+    kernels, for a GPU. InputError where more were asked for."""
+    if target.kind.name != "cuda":
+        return threads or default_threads()
+    require_one_thread(threads)
+    return 1
 
 
 def compile_model(
@@ -109,24 +126,30 @@ def compile_model(
     lowering: Any = "auto",
     strict: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     threads: int | None = None,
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
     logs: Any = None,
     frozen: bool = False,
+    cuda_graph: bool = False,
     progress: Progress | None = None,
     dump_dir: str | PathLike[str] | None = None,
 ) -> Compilation:
     """Compile `model` for `target`; see `gemmify.compile` for the arguments and the errors."""
-    resolved, threads = resolve_target(target), threads or default_threads()
-    machine = Machine.from_target(resolved)
+    resolved = resolve_target(target)
+    on_gpu = resolved.kind.name == "cuda"
+    check_graph(cuda_graph, on_gpu)
+    if on_gpu:
+        check_toolchain(target_archs(resolved))  # before minutes of work, not after
+    threads, machine = threads_for(resolved, threads), machine_of(resolved)
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
     chooser = Chooser(machine, policy, open_logs(resolved, threads, logs), frozen)
     stages = _Stages(progress, dump_dir)
 
     with stages("import"):
-        imported = import_model(model, shapes)
+        imported = import_model(model, shapes, dtype)
     mod = stages.dump("imported", imported.mod)
     with stages("canonicalize"):
         mod = lowering_graph(mod)
@@ -137,12 +160,18 @@ def compile_model(
     with stages("fuse"):
         mod = fuse_rest(mod, resolved)
     with stages("schedule"):
-        mod = schedule_module(mod, machine)
+        mod = allocate_scratch(schedule_module(mod, machine))
     stages.dump("scheduled", mod)
     with stages("build"):
         executable, memory = build_executable(mod, resolved, threads)
+    resources: tuple[KernelResources, ...] = ()
+    if on_gpu:
+        stages.dump_text("kernels.cu", cuda_text(executable.mod))
+        with stages("nvcc"):
+            resources = compile_imports(executable.mod, target_archs(resolved))
     tuning = chooser.coverage({layer.site.name: layer.choice for layer in layers})
-    return Compilation(executable, _manifest(imported, resolved, layers, memory, threads, tuning), layers, memory)
+    manifest = _manifest(imported, resolved, layers, memory, threads, tuning)
+    return Compilation(executable, replace(manifest, cuda_graph=cuda_graph), layers, memory, resources)
 
 
 def lowering_graph(mod: tvm.IRModule) -> tvm.IRModule:
@@ -213,14 +242,18 @@ class _Stages:
 
     def dump(self, name: str, mod: tvm.IRModule) -> tvm.IRModule:
         if self.dump_dir is not None:
-            self.count += 1
-            text = mod.script(show_meta=False)
-            try:
-                (self.dump_dir / f"{self.count}_{name}.py").write_text(text)
-            except OSError as err:
-                said = err.strerror or err
-                raise GemmifyError(f"cannot dump into {self.dump_dir}: {said}; free space or drop the dump") from err
+            self.dump_text(f"{name}.py", mod.script(show_meta=False))
         return mod
+
+    def dump_text(self, name: str, text: str) -> None:
+        if self.dump_dir is None:
+            return
+        self.count += 1
+        try:
+            (self.dump_dir / f"{self.count}_{name}").write_text(text)
+        except OSError as err:
+            said = err.strerror or err
+            raise GemmifyError(f"cannot dump into {self.dump_dir}: {said}; free space or drop the dump") from err
 
 
 def _manifest(

@@ -14,6 +14,7 @@ write it to memory though it also keeps it in registers. An annotation of the al
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
@@ -24,6 +25,10 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import compilation_pipeline as tir_pipelines
 
+from gemmify.arena import ALIGNMENT
+from gemmify.cuda import callback as _cuda_callback  # noqa: F401  # TVM asks it for machine code
+from gemmify.cuda.fixed_arena import lift_arena
+from gemmify.errors import GemmifyError
 from gemmify.memory import MemoryPlan, allocated_bytes, plan_arena
 
 TIR_PIPELINE = "gemmify"
@@ -32,6 +37,9 @@ TVM_STACK_BYTES = 1024
 
 LOCAL_STACK_BYTES = 32 * 1024
 """Up to this size a `local` buffer stays on the stack: far more than any register tile, far below a thread's stack."""
+
+GPU_ALIGNMENT = 256
+"""Bytes between the places of tensors in a GPU's arena: two lines of its cache, and what cudaMalloc itself keeps."""
 
 _ON_STACK = "disable_lower_builtin"
 _HOST_KINDS = ("llvm", "c")
@@ -71,8 +79,28 @@ def keep_local_on_stack(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> t
     return mod
 
 
+@tvm.transform.module_pass(opt_level=0, name="PlainNames")
+def plain_names(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+    """Gives the variables of device functions names that C takes: a model's own ("conv/1") become those of tensors, and
+    TVM writes them into CUDA text as they are."""
+    mod = mod.clone()
+    for gv, func in mod.functions.items():
+        if isinstance(func, tirx.PrimFunc) and "target" in func.attrs and not _is_host(func):
+            renamed: dict[tvm.ir.Var, tvm.ir.Var] = {}
+
+            def rename(var: tvm.ir.Var, renamed: dict[tvm.ir.Var, tvm.ir.Var] = renamed) -> tvm.ir.Var:
+                name = re.sub(r"\W|^(?=\d)", "_", str(var.name), flags=re.ASCII)
+                if name != str(var.name) and var not in renamed:
+                    renamed[var] = tvm.ir.Var(name, var.ty)
+                return renamed.get(var, var)
+
+            mod[gv] = tvm_ffi.structural_map(func, (tvm.ir.Var, rename))
+    return mod
+
+
 def _tir_pipeline() -> tuple[object, Callable[[], tvm.transform.Pass], Callable[[], tvm.transform.Pass]]:
     lower, finalize_host, finalize_device = tir_pipelines.get_tir_pipeline("s_tir")
+    lower = tvm.transform.Sequential([plain_names, lower])
     return lower, lambda: tvm.transform.Sequential([keep_local_on_stack, finalize_host()]), finalize_device
 
 
@@ -148,6 +176,32 @@ class _recording:
         _recorder.reset(self._token)
 
 
+def check_launches(mod: tvm.IRModule) -> None:
+    """GemmifyError where a scheduled kernel of `mod` computes on the host: it could not reach the memory of a GPU."""
+    for gv, func in mod.functions.items():
+        if isinstance(func, tirx.PrimFunc) and not _launches(func):
+            raise GemmifyError(f"kernel {gv.name_hint} launches nothing on the GPU: no schedule was found for it")
+
+
+def _launches(func: tirx.PrimFunc) -> bool:
+    found: list[bool] = []
+
+    def attribute(node: tirx.AttrStmt) -> None:
+        if str(node.attr_key) == "thread_extent":
+            found.append(True)
+
+    def loop(node: tirx.For) -> None:
+        if node.kind == tirx.ForKind.THREAD_BINDING:
+            found.append(True)
+
+    tvm_ffi.structural_walk(func.body, [(tirx.AttrStmt, attribute), (tirx.For, loop)])
+    return bool(found)
+
+
+def _on_gpu(target: tvm.target.Target) -> bool:
+    return tvm.target.Target(target).kind.name not in _HOST_KINDS
+
+
 # --- the build -------------------------------------------------------------------------------------------------------
 
 
@@ -156,13 +210,21 @@ def lower_main(mod: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModu
     t = relax.transform
     with tvm.target.Target(target):
         mod = tvm.transform.Sequential([t.ToNonDataflow(), t.RemovePurityChecking(), t.CallTIRRewrite()])(mod)
-        mod, plan = plan_arena(mod)
-        mod = tvm.transform.Sequential([t.LowerAllocTensor(), t.KillAfterLastUse()])(mod)
+        mod, plan = plan_arena(mod, GPU_ALIGNMENT if _on_gpu(target) else ALIGNMENT)
+        mod = t.LowerAllocTensor()(mod)
         storages = allocated_bytes(mod)
         wanted = plan.arena_bytes + plan.output_bytes
         assert sum(storages) == wanted, f"main allocates {storages}, the plan says {wanted} bytes in all"
+        if _on_gpu(target):
+            mod = lift_arena(mod)
         mod = tvm.transform.Sequential(
-            [t.LowerRuntimeBuiltin(), t.ComputePrimValue(), t.VMShapeLower(), t.AttachGlobalSymbol()]
+            [
+                t.KillAfterLastUse(),
+                t.LowerRuntimeBuiltin(),
+                t.ComputePrimValue(),
+                t.VMShapeLower(),
+                t.AttachGlobalSymbol(),
+            ]
         )(mod)
     return mod, plan
 
@@ -176,8 +238,10 @@ def build_executable(
     scheduled already; nothing is legalised or fused here. `threads` scales the per-thread allocations in
     `plan.kernel_workspace`. Raises UnsupportedError where `plan_arena` does.
     """
+    if _on_gpu(target):
+        check_launches(mod)
     mod, plan = lower_main(mod, target)
     found: dict[str, int] = {}
-    with _recording(found, threads):
+    with _recording(found, threads), tvm.target.Target(target):  # the target is asked for by `cuda.callback`
         executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)
     return executable, replace(plan, kernel_workspace=found)

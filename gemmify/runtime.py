@@ -6,54 +6,32 @@ import math
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import host
-from .errors import GemmifyError, GemmifyWarning, IncompatibleError, InputError
+from .engine import Engine, Watch
+from .errors import GemmifyError, IncompatibleError, InputError
+from .loading import check_graph, check_host, check_versions, link_here, load_module, map_library, runtime_for
 from .manifest import Manifest, TensorSpec, read_manifest
-from .threads import check_fork, check_threads, default_threads, import_tvm, use_threads, without_scope_lines
+from .threads import (
+    check_fork,
+    check_threads,
+    default_threads,
+    import_tvm,
+    require_one_thread,
+    use_threads,
+    without_scope_lines,
+)
+
+__all__ = ["Model", "check_host", "compile_to_model", "load", "load_module", "random_inputs"]
 
 Inputs = Mapping[str, Any] | Sequence[Any] | np.ndarray
-
-
-def check_host(manifest: Manifest, source: str = "this network") -> None:
-    """IncompatibleError where this machine or this TVM cannot run what `manifest` describes; runs none of its code."""
-    kind = manifest.target.get("kind", "llvm")
-    if kind not in ("llvm", "c"):
-        raise IncompatibleError(f"{source} is made for target {kind}, this version runs CPU code only")
-    arch = host.arch_of(manifest.triple)
-    if arch != host.host_arch():
-        raise IncompatibleError(
-            f"{source} holds code for {arch}, this machine is {host.host_arch()}; compile it with --target for this one"
-        )
-    flags = host.cpu_flags()
-    if flags is None:
-        if manifest.cpu_features:
-            warnings.warn(f"cannot tell whether this CPU has what {source} needs", GemmifyWarning, stacklevel=2)
-        return
-    missing = [f for f in manifest.cpu_features if f not in flags]
-    if missing:
-        raise IncompatibleError(
-            f"{source} needs CPU features that this machine lacks: {', '.join(missing)}; compile it on this machine, "
-            'or for an older CPU, e.g. --target "llvm -mcpu=x86-64-v3"'
-        )
-
-
-def _check_versions(tvm: Any, manifest: Manifest, source: str) -> None:
-    """Two TVM releases do not share the format of the bytecode, nor the calling convention: major.minor must agree."""
-    import tvm_ffi
-
-    found = {"apache-tvm": (manifest.tvm, tvm.__version__), "apache-tvm-ffi": (manifest.tvm_ffi, tvm_ffi.__version__)}
-    for package, (made, here) in found.items():
-        if str(made).split(".")[:2] != str(here).split(".")[:2]:
-            raise IncompatibleError(
-                f"{source} was made with {package} {made}, here is {here}; install {package}=={made} or compile again"
-            )
+_NO_KERNELS = ("vm.builtin.", "gemmify_rebase", "gemmify_arena", "gemmify_run")
 
 
 def random_inputs(specs: Sequence[TensorSpec], seed: int = 0) -> dict[str, np.ndarray]:
@@ -66,11 +44,6 @@ def random_inputs(specs: Sequence[TensorSpec], seed: int = 0) -> dict[str, np.nd
         values = rng.integers(0, 2, spec.shape) if whole else rng.standard_normal(spec.shape)
         arrays[spec.name] = np.asarray(values).astype(dtype)
     return arrays
-
-
-def _flatten(value: Any) -> list[Any]:
-    """The tensors of a virtual machine's result, whether one tensor or nested tuples."""
-    return [value] if hasattr(value, "numpy") else [t for item in value for t in _flatten(item)]
 
 
 class Model:
@@ -90,31 +63,30 @@ class Model:
         path: Path | None = None,
     ) -> None:
         """Over a loaded library's `module` and its `path`, or over the `executable` (VMExecutable) of a compilation."""
-        self._tvm = import_tvm()
+        import_tvm()
         self._module, self._executable, self._path = module, executable, path
         self.manifest = manifest
         self._lock = threading.RLock()
-        self._threads = default_threads()
-        self._vm: Any = None
-        self._instrumented: _Instrumented | None = None
-        self._buffers: list[Any] = []
+        self._threads = 1 if manifest.archs else default_threads()
+        self._graph = manifest.cuda_graph
+        self._engine: Engine | None = None
+        self._watched: tuple[Engine, Watch] | None = None
         if threads is not None:
             self.set_threads(threads)
 
-    def _new_vm(self) -> Any:
-        """A virtual machine over the code. Made at the first run, so that a network compiled for another CPU can still
-        be exported; IncompatibleError where this machine cannot run it."""
+    def _new_engine(self, graph: bool = False) -> Engine:
+        """A virtual machine over the code. Made at the first run, so that a network compiled for another machine can
+        still be exported; IncompatibleError where this machine cannot run it."""
         if self._module is None:
             check_host(self.manifest)
-            self._module = self._executable.jit()
-        return self._tvm.runtime.vm.VirtualMachine(self._module, self._tvm.cpu())
+            self._module = link_here(self._executable, self.manifest)
+        return Engine(self._module, self.manifest, graph=graph)
 
-    def _machine(self) -> Any:
+    def _ready(self) -> Engine:
         """The virtual machine of ordinary runs, with the input buffers. Call with the lock held."""
-        if self._vm is None:
-            self._vm = self._new_vm()
-            self._buffers = [self._tvm.runtime.empty(s.shape, s.dtype, self._tvm.cpu()) for s in self.inputs]
-        return self._vm
+        if self._engine is None:
+            self._engine = self._new_engine(self._graph)
+        return self._engine
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -137,21 +109,35 @@ class Model:
         peak), outputs (allocated at each run), kernels (scratch inside the kernels of all threads, the largest).
 
         A run holds weights + arena + outputs + kernels at most. A layer's `workspace_bytes` is its workspace in the
-        arena plus, for each thread, its scratch inside the kernels.
+        arena plus, for each thread, its scratch inside the kernels. On a GPU all of it is the GPU's memory, and the
+        arena is kept between the runs.
         """
         return dict(self.manifest.memory)
 
     @property
     def threads(self) -> int:
-        """CPU threads that a run uses."""
+        """CPU threads that a run uses; 1, which launches the kernels, on a GPU."""
         return self._threads
+
+    @property
+    def device(self) -> str:
+        """What a run takes place on, for people: "2 threads", or the GPU and its architecture."""
+        if not self.manifest.archs:
+            return f"{self._threads} threads"
+        from .cuda.device import gpu_here
+
+        return str(gpu_here() or f"a GPU ({', '.join(self.manifest.archs)})")
 
     def set_threads(self, threads: int) -> None:
         """Run on `threads` CPU threads from now on.
 
         Raises InputError for a number below 1 or above the CPUs that the process may use, and for one above the size
-        of TVM's pool where that was fixed already: by other code that ran TVM first in this Python thread.
+        of TVM's pool where that was fixed already: by other code that ran TVM first in this Python thread. On a GPU
+        there is nothing to choose: for any number but 1.
         """
+        if self.manifest.archs:
+            require_one_thread(threads)
+            return
         check_threads(threads)
         with self._lock:
             used = use_threads(threads)
@@ -184,14 +170,14 @@ class Model:
             raise InputError(f"{' and '.join(said)}; the model takes {wanted}")
         return [_fit(spec, inputs[spec.name]) for spec in specs]
 
-    def _place(self, inputs: Inputs) -> list[Any]:
+    def _place(self, inputs: Inputs) -> Engine:
         """Copy the inputs into the model's own aligned buffers. Call with the lock held."""
         arrays = self._checked(inputs)
-        self._machine()
-        for buffer, array in zip(self._buffers, arrays, strict=True):
-            buffer.copyfrom(array)
-        use_threads(self._threads)
-        return self._buffers
+        engine = self._ready()
+        engine.place(arrays)
+        if not self.manifest.archs:
+            use_threads(self._threads)
+        return engine
 
     def run(self, inputs: Inputs) -> list[np.ndarray]:
         """Run once on `{name: array}` (or the arrays in order); returns the outputs in the model's order, as copies.
@@ -201,9 +187,7 @@ class Model:
         """
         check_fork()
         with self._lock:
-            placed = self._place(inputs)
-            result = self._vm["main"](*placed)
-            return [np.array(t.numpy(), copy=True) for t in _flatten(result)]
+            return self._place(inputs).outputs()
 
     def __call__(self, *arrays: Any) -> Any:
         """Run on the input arrays in order; returns the array of a model with one output, else the list."""
@@ -211,44 +195,39 @@ class Model:
         return results[0] if len(results) == 1 else results
 
     def time(self, inputs: Inputs | None = None, repeat: int = 10, warmup: int = 3) -> list[float]:
-        """Seconds of each of `repeat` runs after `warmup` untimed ones, without the copies in and out of numpy."""
-        return self._timed(inputs, repeat, warmup, self._machine, lambda: None)
-
-    def _timed(
-        self, inputs: Inputs | None, repeat: int, warmup: int, vm: Callable[[], Any], started: Callable[[], None]
-    ) -> list[float]:
-        if repeat < 1 or warmup < 0:
-            raise InputError(f"repeat must be at least 1 and warmup at least 0, got {repeat} and {warmup}")
+        """Seconds of each of `repeat` runs after `warmup` untimed ones, without the copies in and out of numpy; on a
+        GPU from the first launch until the last kernel is done."""
         check_fork()
         with self._lock:
-            placed = self._place(random_inputs(self.inputs) if inputs is None else inputs)
-            main, seconds = vm()["main"], []
-            for i in range(warmup + repeat):
-                if i >= warmup:
-                    started()
-                begin = time.perf_counter()
-                main(*placed)
-                seconds.append(time.perf_counter() - begin)
-            return seconds[warmup:]
+            engine = self._place(random_inputs(self.inputs) if inputs is None else inputs)
+            return _timed(engine, repeat, warmup)
 
     def profile(self, inputs: Inputs | None = None, repeat: int = 5) -> list[tuple[str, float]]:
         """(kernel name, seconds) of each kernel in the order of the calls: the median over `repeat` runs.
 
         The virtual machine's own bookkeeping calls are left out. Measured on a virtual machine of its own, because an
-        instrument cannot be taken out of one again; it is kept for the next call.
+        instrument cannot be taken out of one again; it is kept for the next call. On a GPU each kernel is waited for,
+        so that the sum is more than a run takes.
         """
-        if self._instrumented is None:
-            self._instrumented = _Instrumented(self._new_vm())
-        watched = self._instrumented
-        watched.runs.clear()
-        self._timed(inputs, repeat, 1, lambda: watched.vm, lambda: watched.runs.append([]))
-        calls = [[c for c in run if not c[0].startswith("vm.builtin.")] for run in watched.runs]
+        check_fork()
+        with self._lock:
+            arrays = self._checked(random_inputs(self.inputs) if inputs is None else inputs)
+            if self._watched is None:
+                engine = self._new_engine()
+                self._watched = engine, engine.watch()
+            engine, watch = self._watched
+            engine.place(arrays)
+            if not self.manifest.archs:
+                use_threads(self._threads)
+            watch.runs.clear()
+            _timed(engine, repeat, 1, lambda: watch.runs.append([]))
+        calls = [[c for c in run if not c[0].startswith(_NO_KERNELS)] for run in watch.runs]
         return [(same[0][0], float(np.median([s for _, s in same]))) for same in zip(*calls, strict=True)]
 
     def __repr__(self) -> str:
         told = [f"{', '.join(map(str, specs)) or 'none'}" for specs in (self.inputs, self.outputs)]
-        layers, threads = len(self.manifest.layers), self._threads
-        return f"<gemmify.Model {self.manifest.model}: {told[0]} -> {told[1]}; {layers} layers, {threads} threads>"
+        layers = len(self.manifest.layers)
+        return f"<gemmify.Model {self.manifest.model}: {told[0]} -> {told[1]}; {layers} layers, {self.device}>"
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """Refuse pickle and copy with a TypeError: machine code and a virtual machine do not travel that way."""
@@ -268,23 +247,18 @@ class Model:
         return copy_library(self._path, self.manifest, path)
 
 
-class _Instrumented:
-    """A virtual machine that notes (kernel, seconds) of each call in the last of `runs`, where there is one."""
-
-    def __init__(self, vm: Any) -> None:
-        self.vm, self.runs = vm, list[list[tuple[str, float]]]()
-        self._begun: list[float] = []
-        vm.set_instrument(self._note)
-
-    def _note(self, _func: Any, name: str, before: bool, _result: Any, *_args: Any) -> int:
-        now = time.perf_counter()
-        if before:
-            self._begun.append(time.perf_counter())
-        elif self._begun:
-            seconds = now - self._begun.pop()
-            if self.runs:
-                self.runs[-1].append((str(name), seconds))
-        return 0
+def _timed(engine: Engine, repeat: int, warmup: int, started: Callable[[], None] | None = None) -> list[float]:
+    """Seconds of each of `repeat` runs of what was placed, after `warmup`; `started` is called before each of them."""
+    if repeat < 1 or warmup < 0:
+        raise InputError(f"repeat must be at least 1 and warmup at least 0, got {repeat} and {warmup}")
+    seconds = []
+    for i in range(warmup + repeat):
+        if i >= warmup and started is not None:
+            started()
+        begin = time.perf_counter()
+        engine.run()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[warmup:]
 
 
 def _fit(spec: TensorSpec, value: Any) -> np.ndarray:
@@ -304,24 +278,24 @@ def _fit(spec: TensorSpec, value: Any) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(spec.shape)
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Model:
+def load(path: str | os.PathLike[str], threads: int | None = None, cuda_graph: bool | None = None) -> Model:
     """Load an exported library (see `gemmify.load`)."""
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"the library must be given as the path of a file, got {path!r}")
     place = Path(path)
     manifest = read_manifest(place)
+    if cuda_graph is not None:
+        manifest = replace(manifest, cuda_graph=check_graph(cuda_graph, bool(manifest.archs)))
     arch = host.elf_arch(place)
     if arch != host.host_arch():
         raise IncompatibleError(f"{place} holds code for {arch}, this machine is {host.host_arch()}")
     check_host(manifest, str(place))
-    tvm = import_tvm()
-    _check_versions(tvm, manifest, str(place))
+    tvm = runtime_for(manifest)
+    check_versions(tvm, manifest, str(place))
     try:
         with without_scope_lines():
-            # Not tvm.runtime.load_module: it goes by the file's extension, and a library may have been renamed.
-            module = tvm.get_global_func("ffi.Module.load_from_file.so")(str(place.resolve()), "so")
-            model = Model(manifest, threads, module=module, path=place)
-            model._machine()
+            model = Model(manifest, threads, module=map_library(tvm, place), path=place)
+            model._ready()
             return model
     except GemmifyError:
         raise
@@ -332,9 +306,11 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Model:
 
 def compile_to_model(model: Any, *, threads: int | None = None, **options: Any) -> Model:
     """Compile (see `gemmify.compile`) and hold the result ready to run."""
-    count = default_threads() if threads is None else check_threads(threads)
+    if threads is not None:
+        check_threads(threads)
     import_tvm(compiler=True)
     from .pipeline import compile_model
 
-    compilation = compile_model(model, threads=count, **options)
+    compilation = compile_model(model, threads=threads, **options)
+    count = None if compilation.manifest.archs else compilation.manifest.threads
     return Model(compilation.manifest, count, executable=compilation.executable)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowering import ConvProblem, Lowering, LoweringCost, Problem, Reason, Tile, catalogue
 from lowering.base import activation_shape, output_shape
 from lowering.problem import accumulator
-from schedules import Machine
+from schedules import AnyMachine, Gpu
 from schedules.cpu.tile import modelled_cycles
 
 from .accuracy import DEFAULT_MAX_ERROR, expected_error
 from .errors import InputError
-from .kernels import ScheduleKnobs, tile_for, tile_request, too_large
+from .gpu_model import gpu_time
+from .kernels import ScheduleKnobs, multiplied_in, on_machine, tile_for, tile_request, too_large
 from .policy import Policy, make_policy
 from .report import size
 from .tuning.point import Point, knobs
@@ -35,8 +36,8 @@ NAMED = 4
 @dataclass(frozen=True)
 class Candidate:
     """One lowering of one layer: why it is out (`reason`), and where it applies its tile, its cost, its modelled cycles
-    and its expected error relative to the largest output. One above a bound has a reason and a cost, and `exceeds` says
-    which bound it is."""
+    (on a GPU nanoseconds) and its expected error relative to the largest output. One above a bound has a reason and a
+    cost, and `exceeds` says which bound it is."""
 
     lowering: Lowering
     reason: Reason | None
@@ -75,7 +76,7 @@ class Choice:
 
 
 def consider(
-    problem: Problem, machine: Machine, max_workspace: int | None = None, max_error: float | None = None
+    problem: Problem, machine: AnyMachine, max_workspace: int | None = None, max_error: float | None = None
 ) -> list[Candidate]:
     """Every lowering of the catalogue for one layer, in the catalogue's order; those above a bound have a reason."""
     found = [candidate_of(lowering, problem, machine) for lowering in catalogue().values()]
@@ -83,8 +84,9 @@ def consider(
     return [bounded(candidate, machine, max_workspace, limit) for candidate in found]
 
 
-def candidate_of(lowering: Lowering, problem: Problem, machine: Machine, tile: Tile | None = None) -> Candidate:
+def candidate_of(lowering: Lowering, problem: Problem, machine: AnyMachine, tile: Tile | None = None) -> Candidate:
     """`lowering`, its sizes as they are configured, for `problem`; `tile` None takes the default one."""
+    problem = on_machine(problem, machine)
     if (reason := lowering.applicable(problem)) is not None:
         return Candidate(lowering, reason)
     tile = tile or tile_for(lowering, problem, machine)
@@ -92,7 +94,8 @@ def candidate_of(lowering: Lowering, problem: Problem, machine: Machine, tile: T
     if (reason := too_large(lowering, problem, cost)) is not None:
         return Candidate(lowering, reason)
     cycles = modelled_time(lowering, problem, machine, tile, cost)
-    return Candidate(lowering, None, tile, cost, cycles, expected_error(cost, problem.dtype))
+    multiplied = multiplied_in(lowering, problem.dtype, machine)
+    return Candidate(lowering, None, tile, cost, cycles, expected_error(cost, problem.dtype, multiplied))
 
 
 def error_bound(candidates: list[Candidate]) -> float:
@@ -101,7 +104,7 @@ def error_bound(candidates: list[Candidate]) -> float:
     return max(DEFAULT_MAX_ERROR, 2 * min(c.error for c in candidates))
 
 
-def bounded(candidate: Candidate, machine: Machine, max_workspace: int | None, max_error: float) -> Candidate:
+def bounded(candidate: Candidate, machine: AnyMachine, max_workspace: int | None, max_error: float) -> Candidate:
     """The candidate, with a reason where it needs more than is allowed."""
     if candidate.cost is None:
         return candidate
@@ -115,13 +118,15 @@ def bounded(candidate: Candidate, machine: Machine, max_workspace: int | None, m
     return candidate
 
 
-def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: Tile, cost: LoweringCost) -> float:
-    """Modelled cycles of the layer with every core at work.
+def modelled_time(lowering: Lowering, problem: Problem, machine: AnyMachine, tile: Tile, cost: LoweringCost) -> float:
+    """Modelled cycles of the layer with every core at work; on a GPU its modelled nanoseconds (`gpu_model`).
 
     The GEMM overlaps with reading its weights from memory (a network's weights rarely fit a cache together) as far as
     the machine does that, and with reading them again from the shared cache. Transforms and workspaces (written once,
     read once, in the shared cache) come on top.
     """
+    if isinstance(machine, Gpu):
+        return gpu_time(lowering, on_machine(problem, machine), machine, cost)
     gemm = modelled_cycles(tile_request(lowering, problem), machine, tile.mr, tile.nr) * cost.read_factor
     if cost.tasks is not None:
         # Each thread takes an equal share of whole tasks: the slowest decides.
@@ -143,13 +148,13 @@ def modelled_time(lowering: Lowering, problem: Problem, machine: Machine, tile: 
     return (busy + weights - streams.overlap * min(busy, weights) + transforms + workspace) / machine.cores
 
 
-def choose(layer: str, problem: Problem, machine: Machine, policy: Policy) -> Choice:
+def choose(layer: str, problem: Problem, machine: AnyMachine, policy: Policy) -> Choice:
     """The lowering of `layer` under `policy`; raises InputError for a strict key that does not apply, and where no
     lowering keeps within the bounds."""
     return pick(layer, consider(problem, machine, policy.max_workspace, policy.max_error), machine, policy)
 
 
-def pick(layer: str, candidates: list[Candidate], machine: Machine, policy: Policy) -> Choice:
+def pick(layer: str, candidates: list[Candidate], machine: AnyMachine, policy: Policy) -> Choice:
     """`choose` among the candidates that `consider` found under the same policy."""
     usable = by_time(candidates)
     if not usable:
@@ -174,7 +179,7 @@ def by_time(candidates: list[Candidate]) -> list[Candidate]:
     return sorted((c for c in candidates if c.reason is None), key=lambda c: c.cycles)
 
 
-def suitable(problem: Problem, machine: Machine) -> str:
+def suitable(problem: Problem, machine: AnyMachine) -> str:
     """The lowerings that work for `problem`, a few, as the end of a refusal: "what works here, best first: ..."."""
     return _named(by_time(consider(problem, machine)))
 
@@ -198,7 +203,7 @@ def nothing_fits(candidates: list[Candidate], policy: Policy) -> str:
     )
 
 
-def _removed_by_bound(candidates: list[Candidate], best: Candidate, machine: Machine) -> str:
+def _removed_by_bound(candidates: list[Candidate], best: Candidate, machine: AnyMachine) -> str:
     """Which lowering a bound took away that would have been better than `best`, as the end of a reason."""
     out = [c for c in candidates if c.exceeds is not None and c.cycles < best.cycles]
     if not out:

@@ -50,6 +50,12 @@ def check_threads(threads: Any) -> int:
     return threads
 
 
+def require_one_thread(threads: Any) -> None:
+    """InputError where another number of CPU threads than 1, or none, was asked for with code for a GPU."""
+    if threads not in (None, 1):
+        raise InputError(f"{threads} CPU threads were asked for, but one launches all kernels of a GPU; leave it out")
+
+
 def check_fork() -> None:
     """GemmifyError where the calling thread's pool was left behind in the parent by a fork: a run would never end."""
     if getattr(_pool, "process", os.getpid()) != os.getpid():

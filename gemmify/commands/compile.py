@@ -18,7 +18,7 @@ def execute(
 ) -> dict[str, Any]:
     """Compile `model` with the keyword `options` of `gemmify.compile` and write `output` (default: MODEL's stem + .so).
 
-    Returns {output, bytes, model, target, threads, cpu_features, layers, memory, tuning, log_hash}.
+    Returns {output, bytes, model, target, threads, archs, cpu_features, layers, memory, tuning, log_hash}.
     """
     import time
 
@@ -37,6 +37,7 @@ def execute(
         "model": manifest.model,
         "target": manifest.target,
         "threads": compiled.threads,
+        "archs": list(manifest.archs),
         "cpu_features": list(manifest.cpu_features),
         "layers": compiled.layers,
         "memory": compiled.memory(),
@@ -49,4 +50,5 @@ def show(result: dict[str, Any]) -> None:
     report.layers_table(result["layers"])
     report.coverage_line(result["tuning"])
     report.memory_line(result["memory"])
-    print(f"wrote {result['output']} ({report.size(result['bytes'])}, {result['threads']} threads)")
+    made_for = ", ".join(result["archs"]) or f"{result['threads']} threads"
+    print(f"wrote {result['output']} ({report.size(result['bytes'])}, {made_for})")

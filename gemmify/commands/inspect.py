@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import report
 from ..host import is_library
-from ..manifest import read_manifest
+from ..manifest import archs_of, read_manifest
 
 if TYPE_CHECKING:
     from lowering.graph import LayerSite
@@ -90,5 +90,6 @@ def show(result: dict[str, Any]) -> None:
         print(f"{kind}: {', '.join(specs)}")
     if "memory" in result:
         report.memory_line(result["memory"])
-        features = " ".join(result["cpu_features"]) or "none"
+        gpu = [f"a GPU ({', '.join(archs)})"] if (archs := archs_of(result["target"])) else []
+        features = " ".join([*gpu, *result["cpu_features"]]) or "none"
         print(f"made by gemmify {result['gemmify']} with TVM {result['tvm']} for {result['triple']}; needs: {features}")

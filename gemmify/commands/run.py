@@ -32,8 +32,8 @@ def execute(
 
     `inputs` are `name=file.npy`, `file.npy` (a model of one input), `file.npz`, `name=random`, or "random" (the
     default: every input that no other names). `output`
-    takes an .npz of all outputs. Returns {model, threads, outputs: [{name, shape, dtype, min, max, mean, argmax}],
-    seconds: [...], median_seconds}.
+    takes an .npz of all outputs. Returns {model, threads, device, outputs: [{name, shape, dtype, min, max, mean,
+    argmax}], seconds: [...], median_seconds}.
     """
     if output:
         check_destination(output)
@@ -47,6 +47,7 @@ def execute(
     return {
         "model": model,
         "threads": network.threads,
+        "device": network.device,
         "outputs": [describe(name, array) for name, array in zip(names, results, strict=True)],
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
@@ -54,14 +55,32 @@ def execute(
 
 
 def open_model(model: str, threads: int | None = None, options: Mapping[str, Any] | None = None) -> Model:
-    """Load `model` where it is a library, else compile it."""
+    """Load `model` where it is a library, else compile it; IncompatibleError before that work where the target's code
+    cannot run here."""
+    options = dict(options or {})
     if is_library(Path(model)):
+        graph = options.pop("cuda_graph", None)
         if options:
             raise InputError(f"{model} is compiled already; leave out {', '.join(sorted(options))}, or give the model")
-        return load(model, threads)
+        return load(model, threads, graph)
     from .. import compile as compile_model
 
-    return compile_model(model, threads=threads, **(options or {}))
+    require_device(options.get("target"))
+    return compile_model(model, threads=threads, **options)
+
+
+def require_device(target: Any) -> None:
+    """IncompatibleError where `target`, as a user writes it, is a GPU's, and no GPU of this machine runs its code."""
+    if target is None or not str(target).lstrip().startswith("cuda"):
+        return
+    from ..threads import import_tvm
+
+    import_tvm(compiler=True)
+    from ..cuda.device import require_archs
+    from ..manifest import target_archs
+    from ..pipeline import resolve_target
+
+    require_archs(target_archs(resolve_target(target)), "this code")
 
 
 def read_inputs(inputs: Sequence[str], specs: Sequence[TensorSpec], seed: int) -> dict[str, np.ndarray]:
@@ -138,4 +157,4 @@ def show(result: dict[str, Any]) -> None:
     times = f"{report.duration(result['median_seconds'])}"
     if len(seconds) > 1:
         times = f"median {times}, best {report.duration(min(seconds))} of {len(seconds)}"
-    print(f"time {times} on {result['threads']} threads")
+    print(f"time {times} on {result['device']}")

@@ -15,8 +15,8 @@ __all__ = ["ImportedModel", "TensorSpec", "import_model"]
 Shapes = Mapping[str, Sequence[int]]
 
 
-def import_model(model: Any, shapes: Shapes | None = None) -> ImportedModel:
-    """Import `model` and validate it.
+def import_model(model: Any, shapes: Shapes | None = None, dtype: str | None = None) -> ImportedModel:
+    """Import `model` and validate it; with `dtype` its float32 weights and activations are converted to that.
 
     `model` is a name of the zoo, the path of an .onnx or .pt2 file, the bytes of an ONNX model, an onnx.ModelProto, a
     torch.export.ExportedProgram, a Relax IRModule, a PrimFunc, or the list of te.Tensor that makes one (placeholders,
@@ -25,6 +25,11 @@ def import_model(model: Any, shapes: Shapes | None = None) -> ImportedModel:
 
     Raises InputError for files and calls that are wrong, UnsupportedError for what cannot be imported.
     """
+    if dtype is not None:
+        from gemmify.frontend.convert_dtype import check_dtype, convert_dtype
+
+        check_dtype(dtype)  # before the work, not after
+        return convert_dtype(import_model(model, shapes), dtype)
     if isinstance(model, str | os.PathLike):
         return _import_named(model, shapes)
     if isinstance(model, bytes | bytearray | memoryview):
