@@ -16,10 +16,10 @@ import tvm
 
 from lowering import Lowering, Problem, Tile
 from lowering.problem import accumulator
-from schedules import Machine, host_target
+from schedules import AnyMachine, Gpu, Machine, host_target
 
 from ..errors import InputError
-from ..kernels import tile_for
+from ..kernels import on_machine, tile_for
 from ..measure import _read_kernel, memory_bandwidth, multiply_add_peak, set_threads, time_call
 
 FLUSHED_BYTES = 64 << 20
@@ -49,6 +49,17 @@ class Limits:
         peak = multiply_add_peak(threads, accumulator(dtype), target) * 1e9
         return cls(peak, _weight_bandwidth(threads))
 
+    @classmethod
+    def of_gpu(cls, gpu: Gpu, dtype: str) -> Limits:
+        """What a GPU of that architecture is built for; `dtype` is the layers'."""
+        if dtype in ("float16", "bfloat16"):
+            macs = gpu.half
+        elif dtype == "float64":
+            macs = gpu.fma / 2  # of the fastest boards; the others have less
+        else:
+            macs = max(gpu.fma, gpu.tf32) if gpu.allow_tf32 else gpu.fma
+        return cls(2 * macs, gpu.bandwidth)
+
 
 def _weight_bandwidth(threads: int) -> float:
     """Bytes a second of reading FLUSHED_BYTES over and over, which a large last cache holds; where it holds less, they
@@ -65,10 +76,11 @@ def _weight_bandwidth(threads: int) -> float:
     return FLUSHED_BYTES / min(time_call(lambda: kernel(data, sums), _ROUNDS, warmup=2))
 
 
-def lower_bound(lowering: Lowering, problem: Problem, tile: Tile | None, machine: Machine, limits: Limits) -> float:
+def lower_bound(lowering: Lowering, problem: Problem, tile: Tile | None, machine: AnyMachine, limits: Limits) -> float:
     """Seconds that no code of this lowering can beat within `limits`: with this register tile, or, where it is None,
     with any (partial tiles then count as nothing). The lowering's free sizes are those that it is configured with;
     raises InputError where it does not apply."""
+    problem = on_machine(problem, machine)
     if (reason := lowering.applicable(problem)) is not None:
         raise InputError(f"lowering {lowering.key} does not apply: {reason}")
     # A tile of one element leaves no partial tile and no column that only fills a panel.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from lowering import Problem
-from schedules import Machine, knob_space
+from schedules import AnyMachine, knob_space
 
 from ..errors import InputError
 from ..kernels import ScheduleKnobs, layer_kernels, require_tile
@@ -35,7 +35,7 @@ NAMED = 6
 class Chooser:
     """Chooses for the layers of one compilation. `frozen` demands that a log or a plan settles every one."""
 
-    machine: Machine
+    machine: AnyMachine
     policy: Policy
     tuned: Tuned | None = None
     frozen: bool = False
@@ -135,12 +135,12 @@ def _choice(made: Candidate, point: Point, why: str) -> Choice:
     return Choice(made.lowering, made.tile, made.cost, why, cast(ScheduleKnobs, point.schedule), point)
 
 
-def _require_knobs(task: Task, point: Point, machine: Machine) -> None:
+def _require_knobs(task: Task, point: Point, machine: AnyMachine) -> None:
     """ValueError for a knob that no kernel of the point has: `schedule_func` leaves it to the others, so that a name
     that was misspelt would go unseen."""
     if not point.schedule:
         return
-    functions = unscheduled(point.configured(), task.problem, task.epilogue, point.tile)
+    functions = unscheduled(point.configured(), task.problem, task.epilogue, point.tile, machine)
     known = sorted({name for func in functions for name in knob_space(func, machine)})
     for name, _ in point.schedule:
         if name not in known:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from schedules import Machine
+from schedules import AnyMachine
 
 from ..errors import InputError
 from .features import knob_values, table, vector
@@ -71,7 +71,7 @@ class CostModel:
     Raises InputError where XGBoost is missing.
     """
 
-    def __init__(self, machine: Machine, seed: int = 0) -> None:
+    def __init__(self, machine: AnyMachine, seed: int = 0) -> None:
         self._xgboost = require_xgboost()
         self.machine, self.seed = machine, seed
         self._rows: list[Row] = []

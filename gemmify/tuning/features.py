@@ -16,10 +16,10 @@ import numpy as np
 
 from lowering import LOWERINGS, ConvProblem, DenseProblem, Lowering, LoweringCost, Problem, Tile
 from lowering.problem import accumulator
-from schedules import Machine
+from schedules import AnyMachine, Gpu, Machine
 from schedules.cpu.tile import TileRequest, modelled_cycles
 
-from ..kernels import tile_request
+from ..kernels import on_machine, tile_request
 from ..select import modelled_time
 from .point import Knobs, Point, Value
 from .task import Task
@@ -33,14 +33,16 @@ def _log(value: float) -> float:
 
 
 @lru_cache(maxsize=65536)
-def _formulas(task: Task, key: str, sizes: Knobs, tile: Tile, machine: Machine) -> np.ndarray:
-    problem = task.problem
+def _formulas(task: Task, key: str, sizes: Knobs, tile: Tile, machine: AnyMachine) -> np.ndarray:
+    problem = on_machine(task.problem, machine)
     lowering = Point(key, tile, sizes).configured()
     if (reason := lowering.applicable(problem)) is not None:
         raise ValueError(f"{key} does not apply: {reason}")
     lowering.require_sizes(problem)
     cost, request = lowering.cost(problem, tile), tile_request(lowering, problem)
-    values = [*_task_features(task), *_tile_features(request, tile, machine)]
+    values = [*_task_features(task)]
+    if isinstance(machine, Machine):
+        values += _tile_features(request, tile, machine)
     values += _cost_features(lowering, problem, tile, cost, machine)
     values += [float(key == known) for known in LOWERINGS]
     return np.array(values, np.float32)
@@ -100,7 +102,7 @@ def _tile_features(request: TileRequest, tile: Tile, machine: Machine) -> list[f
 
 
 def _cost_features(
-    lowering: Lowering, problem: Problem, tile: Tile, cost: LoweringCost, machine: Machine
+    lowering: Lowering, problem: Problem, tile: Tile, cost: LoweringCost, machine: AnyMachine
 ) -> list[float]:
     """What the formulas say of the whole layer: work, bytes, scratch, GEMM sizes, modelled time."""
     gemm = max(cost.gemms, key=lambda g: g.macs)
@@ -117,11 +119,18 @@ def _cost_features(
         cost.read_factor,
         _log(tasks),
         _log(time),
-        time * machine.cores * machine.fma_ports * machine.lanes(accumulator(problem.dtype)) / problem.macs,
+        time * _macs_a_unit(problem, machine) / problem.macs,
     ]
 
 
-def vector(task: Task, point: Point, machine: Machine) -> np.ndarray:
+def _macs_a_unit(problem: Problem, machine: AnyMachine) -> float:
+    """Multiply-adds that the machine does in one unit of `modelled_time`: a cycle of a CPU, 1 ns of a GPU."""
+    if isinstance(machine, Gpu):
+        return 1e-9 * (machine.half if problem.widened else machine.fma)
+    return float(machine.cores * machine.fma_ports * machine.lanes(accumulator(problem.dtype)))
+
+
+def vector(task: Task, point: Point, machine: AnyMachine) -> np.ndarray:
     """The fixed part for one point, float32, of the same length for all; ValueError for a lowering that
     is not known or does not apply, and for sizes that do not fit."""
     return _formulas(task, point.lowering, point.sizes, point.tile, machine)
@@ -129,7 +138,7 @@ def vector(task: Task, point: Point, machine: Machine) -> np.ndarray:
 
 def knob_values(point: Point) -> dict[str, float]:
     """The free sizes and knobs that a point sets, by name: numbers as logarithms, a word as 1 under `name=word`, a
-    tuple as the logarithm of its product and of its last entry."""
+    tuple as the logarithm of its product and of its last entry, sizes such as "128x64x32" as that of each."""
     found: dict[str, float] = {}
     for name, value in (*point.sizes, *point.schedule):
         found |= _knob(name, value)
@@ -140,6 +149,9 @@ def _knob(name: str, value: Value) -> dict[str, float]:
     if isinstance(value, bool):
         return {name: float(value)}
     if isinstance(value, str):
+        sides = value.split("x")
+        if len(sides) > 1 and all(side.isdigit() for side in sides):
+            return {f"{name}[{place}]": _log(int(side)) for place, side in enumerate(sides)}
         return {f"{name}={value}": 1.0}
     if isinstance(value, tuple):
         return {name: _log(abs(prod(value))), f"{name}[-1]": _log(abs(value[-1])) if value else 0.0}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from schedules import Machine
+from schedules import machine_of
+from schedules.cuda.device import Gpu
 
 from .. import host
 from .record import MachineId, Record, Versions, feature_hash
@@ -21,18 +22,31 @@ def this_machine(target: Any = "llvm", threads: int | None = None) -> MachineId:
     """The machine that code for `target` (text, dict or TVM's) will run on, with `threads` (default: its cores).
 
     `cpu` is this machine's model where it can run that code, and "" where it cannot: which model will is not known
-    then. Raises InputError for a target that cannot be read.
+    then. A GPU takes the CPU's place: `mcpu` is its architecture, `cpu` its name, `cores` its multiprocessors, and
+    there is one thread, the one that launches. Raises InputError for a target that cannot be read.
     """
     from ..bench.header import cpu_model
     from ..pipeline import resolve_target
 
     resolved = resolve_target(target)
-    machine = Machine.from_target(resolved)
+    machine = machine_of(resolved)
+    if isinstance(machine, Gpu):
+        return _gpu(machine, str(resolved.kind.name))
     needed, present = host.kernel_names(machine.arch, machine.features), host.cpu_flags()
     runs_here = machine.arch == host.host_arch() and (present is None or present.issuperset(needed))
     cpu = cpu_model() if runs_here else ""
     features, count = feature_hash(machine.features), threads or machine.cores
     return MachineId(str(resolved.kind.name), machine.mcpu, features, cpu, machine.cores, count)
+
+
+def _gpu(machine: Gpu, kind: str) -> MachineId:
+    from ..cuda.device import gpu_here
+
+    here = gpu_here()
+    name = here.name if here is not None and here.runs(machine) else ""
+    features = feature_hash({*machine.archs, *(("tf32",) if machine.allow_tf32 else ())})
+    cores = here.multiprocessors if here is not None and name else machine.multiprocessors
+    return MachineId(kind, ",".join(machine.archs), features, name, cores, 1)
 
 
 def this_versions() -> Versions:
@@ -87,4 +101,5 @@ def minor(version: str) -> str:
 
 def code_of(machine: MachineId) -> str:
     """The target as a text: "llvm -mcpu=sapphirerapids", "llvm" where the CPU has no name."""
-    return f"{machine.target} -mcpu={machine.mcpu}" if machine.mcpu else machine.target
+    option = "arch" if machine.target == "cuda" else "mcpu"
+    return f"{machine.target} -{option}={machine.mcpu}" if machine.mcpu else machine.target

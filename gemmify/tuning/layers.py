@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from schedules import Machine
+from schedules import AnyMachine
 
 from ..dtypes import require_dtype
 from ..errors import InputError
@@ -42,7 +42,7 @@ class Network:
 
 
 def network(
-    model: Any, shapes: Mapping[str, Sequence[int]] | None, machine: Machine, names: Sequence[str] = ()
+    model: Any, shapes: Mapping[str, Sequence[int]] | None, machine: AnyMachine, names: Sequence[str] = ()
 ) -> Network:
     """The layers of `model` as tasks, in the order in which they run; only those whose name fits one of the patterns
     `names`, where any is given. Raises InputError for a pattern that fits none, and as `import_model`."""

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from lowering.problem import accumulator
-from schedules import Machine
+from schedules import Gpu, machine_of
 
 from ..errors import InputError
 from ..pipeline import resolve_target
@@ -73,17 +73,16 @@ class Session:
             raise InputError("give at least one model to tune")
         self.settings, self.progress, self.begun = settings, progress, begun
         self.target = resolve_target(settings.target)
-        self.machine = Machine.from_target(self.target)
+        self.machine = machine_of(self.target)
         elsewhere = settings.tracker is not None or settings.bundle is not None
-        self.threads = settings.threads or (self.machine.cores if elsewhere else default_threads())
+        self.threads = self._threads(elsewhere)
         self.id = secrets.token_hex(4)
         self.versions = this_versions()
         self.networks = [network(m, settings.shapes, self.machine, settings.layers) for m in models]
         self.uses = gather(self.networks)
         self.where: MachineId = this_machine(self.target, self.threads)
-        dtypes = {} if elsewhere else {accumulator(use.task.problem.dtype): None for use in self.uses}
-        self.limits = {dtype: Limits.measure(self.threads, dtype, self.target) for dtype in dtypes}
-        """Of this machine, by the dtype of the arithmetic; none where the code runs elsewhere."""
+        self.limits = {} if elsewhere else self._limits()
+        """Of this machine, by the dtype of the layers; none where the code runs elsewhere."""
         self._stack = ExitStack()
         try:
             self.measurer = self._measurer()
@@ -102,6 +101,21 @@ class Session:
         self._stack.close()
 
     # --- 1 ---
+
+    def _threads(self, elsewhere: bool) -> int:
+        """How many threads run a layer; a GPU's kernels are launched by one."""
+        if isinstance(self.machine, Gpu):
+            return 1
+        return self.settings.threads or (self.machine.cores if elsewhere else default_threads())
+
+    def _limits(self) -> dict[str, Limits]:
+        dtypes = dict.fromkeys(use.task.problem.dtype for use in self.uses)
+        if isinstance(self.machine, Gpu):
+            return {dtype: Limits.of_gpu(self.machine, dtype) for dtype in dtypes}
+        measured = {
+            made: Limits.measure(self.threads, made, self.target) for made in dict.fromkeys(map(accumulator, dtypes))
+        }
+        return {dtype: measured[accumulator(dtype)] for dtype in dtypes}
 
     def _history(self) -> History:
         if self.settings.from_nothing:
@@ -126,7 +140,7 @@ class Session:
     def _layer(self, use: TaskUse) -> Layer:
         settings = self.settings
         space = Space(use.task, self.machine, settings.lowerings, settings.max_workspace, settings.max_error)
-        limits = self.limits.get(accumulator(use.task.problem.dtype))
+        limits = self.limits.get(use.task.problem.dtype)
         search = Search(space, settings.seed, model=self.model, limits=limits)
         for record in self.history.known.get(use.task, ()):
             if _counts(record):
@@ -257,6 +271,10 @@ class Session:
         settings = self.settings
         if settings.bundle is not None:
             return None
+        if settings.tracker is None and isinstance(self.machine, Gpu):
+            from .measure.gpu import GpuMeasurer
+
+            return self._stack.enter_context(GpuMeasurer(self.target, seed=settings.seed))
         if settings.tracker is None:
             from .measure.local import LocalMeasurer
 
@@ -278,10 +296,11 @@ class Session:
         return devices
 
     def prior(self, layer: Layer) -> float:
-        """A guess of a layer's time where none was measured: modelled cycles at a common clock."""
+        """A guess of a layer's time where none was measured: modelled cycles at a common clock, or nanoseconds."""
         if layer.search.best is not None:
             return layer.search.best[1]
-        return min(layer.search.space.cycles.values()) / 3e9
+        least = min(layer.search.space.cycles.values())
+        return least / (1e9 if isinstance(self.machine, Gpu) else 3e9)
 
     def _view(self, layer: Layer) -> TaskView:
         known = layer.search.results.get(layer.default)

@@ -18,12 +18,12 @@ from random import Random
 
 import schedules
 from lowering import Lowering, Tile, catalogue
-from schedules import Machine
+from schedules import AnyMachine, Gpu
 from schedules.cpu.tile import candidates, modelled_cycles
 
 from ..accuracy import expected_error
 from ..errors import InputError
-from ..kernels import tile_for, tile_request, too_large
+from ..kernels import on_machine, tile_for, tile_request, too_large
 from ..policy import Policy, did_you_mean
 from ..select import by_time, consider, error_bound, modelled_time, nothing_fits
 from .bound import Limits, lower_bound
@@ -67,12 +67,13 @@ class Space:
     def __init__(
         self,
         task: Task,
-        machine: Machine,
+        machine: AnyMachine,
         lowerings: Sequence[str] | None = None,
         max_workspace: int | None = None,
         max_error: float | None = None,
     ) -> None:
         self.task, self.machine = task, machine
+        self._problem = on_machine(task.problem, machine)
         self._check_keys(lowerings)
         found = consider(task.problem, machine, max_workspace, max_error)
         self._max_workspace = max_workspace
@@ -117,7 +118,7 @@ class Space:
 
     def _make_variants(self, key: str) -> dict[Knobs, Variant]:
         lowering = catalogue()[key]
-        choices = lowering.choices(self.task.problem)
+        choices = lowering.choices(self._problem)
         first = {name: values[0] for name, values in choices.items()}
         default = self._variant(lowering, (), knobs(first))
         assert default is not None, f"{key} applies, so its default must too"
@@ -132,21 +133,31 @@ class Space:
 
     def _variant(self, plain: Lowering, sizes: Knobs, full: Knobs) -> Variant | None:
         """The variant, or None where it does not apply, is above a bound, or cannot win."""
-        problem, machine = self.task.problem, self.machine
+        problem, machine = self._problem, self.machine
         lowering = plain.configured(**dict(sizes))
         if sizes and not self._allowed(lowering):
             return None
-        request, best = tile_request(lowering, problem), tile_for(lowering, problem, machine)
+        best = tile_for(lowering, problem, machine)
         cost = lowering.cost(problem, best)
         if sizes and cost.thread_bytes > MOST_SCRATCH * machine.l2_bytes:
             return None
-        limit = FAR * modelled_cycles(request, machine, best.mr, best.nr)
-        tiles = [t for t in candidates(request, machine) if modelled_cycles(request, machine, *t) <= limit]
-        kept = [tile for tile in (Tile(*t) for t in tiles) if tile == best or self._within(lowering, tile)]
-        return Variant(lowering, sizes, full, tuple(kept), best, modelled_time(lowering, problem, machine, best, cost))
+        cycles = modelled_time(lowering, problem, machine, best, cost)
+        return Variant(lowering, sizes, full, tuple(self._tiles(lowering, best)), best, cycles)
+
+    def _tiles(self, lowering: Lowering, best: Tile) -> Iterator[Tile]:
+        """The register tiles worth trying, `best` among them; a GPU's schedule divides a block by knobs of its own."""
+        if isinstance(self.machine, Gpu):
+            yield best
+            return
+        request = tile_request(lowering, self._problem)
+        limit = FAR * modelled_cycles(request, self.machine, best.mr, best.nr)
+        for sides in candidates(request, self.machine):
+            tile, near = Tile(*sides), modelled_cycles(request, self.machine, *sides) <= limit
+            if near and (tile == best or self._within(lowering, tile)):
+                yield tile
 
     def _allowed(self, lowering: Lowering) -> bool:
-        problem = self.task.problem
+        problem = self._problem
         try:
             if lowering.applicable(problem) is not None:
                 return False
@@ -161,7 +172,7 @@ class Space:
         """Whether the scratch with this tile keeps within the bound."""
         if self._max_workspace is None:
             return True
-        return lowering.cost(self.task.problem, tile).scratch(self.machine.cores) <= self._max_workspace
+        return lowering.cost(self._problem, tile).scratch(self.machine.cores) <= self._max_workspace
 
     def knob_space(self, variant: Variant, tile: Tile) -> KnobSpace:
         """The knobs of the schedule by name, the default first: those of all activation kernels together. Of a knob
@@ -174,7 +185,7 @@ class Space:
 
     def _read_knobs(self, lowering: Lowering, tile: Tile) -> KnobSpace:
         found: KnobSpace = {}
-        for func in unscheduled(lowering, self.task.problem, self.task.epilogue, tile):
+        for func in unscheduled(lowering, self.task.problem, self.task.epilogue, tile, self.machine):
             for name, values in schedules.knob_space(func, self.machine).items():
                 known = found.get(name)
                 found[name] = values if known is None else tuple(v for v in known if v in values) or known
@@ -204,12 +215,12 @@ class Space:
     def default(self, key: str | None = None) -> Point:
         """The untuned point of the lowering `key`; where it is None, of the one that `compile` picks among `keys`."""
         key = self.keys[0] if key is None else key
-        return Point(key, tile_for(catalogue()[key], self.task.problem, self.machine))
+        return Point(key, tile_for(catalogue()[key], self._problem, self.machine))
 
     def bound(self, key: str, limits: Limits) -> float:
         """Seconds that no point of the lowering `key` can beat."""
         made = (variant.lowering for variant in self.variants(key).values())
-        return min(lower_bound(lowering, self.task.problem, None, self.machine, limits) for lowering in made)
+        return min(lower_bound(lowering, self._problem, None, self.machine, limits) for lowering in made)
 
     def sample(self, rng: Random, key: str) -> Point:
         """A random point of the lowering `key`: sizes, tile and each knob evenly."""
@@ -292,7 +303,9 @@ class Space:
         """Whether a tile can be built: it fits the registers and the bounds, however slow it is modelled."""
         if tile in variant.tiles:
             return True
-        fits = (tile.mr, tile.nr) in candidates(tile_request(variant.lowering, self.task.problem), self.machine)
+        if isinstance(self.machine, Gpu):
+            return False
+        fits = (tile.mr, tile.nr) in candidates(tile_request(variant.lowering, self._problem), self.machine)
         return fits and self._within(variant.lowering, tile)
 
     def valid(self, point: Point) -> bool:

@@ -11,7 +11,7 @@ from ..errors import GemmifyError
 from .folder import folder_of, minor, this_machine
 from .log import Loaded
 from .point import Point
-from .record import OUTCOMES, MachineId, Record
+from .record import OUTCOMES, MachineId, Record, feature_hash
 from .task import Task
 from .verdict import Verdict, decide
 
@@ -103,14 +103,14 @@ def best(records: Iterable[Record], names: Mapping[Task, str] | None = None) -> 
 def untuned(task: Task, machine: MachineId) -> Point | None:
     """What `compile` takes for `task` on `machine` without a log; None where that cannot be told here (a target that
     this version does not know, a problem to which no lowering applies)."""
-    from schedules import Machine
+    from schedules import machine_of
 
     from ..pipeline import resolve_target
     from ..policy import Policy
     from ..select import consider, pick
 
     try:
-        made = Machine.from_target(resolve_target(_target(machine)))
+        made = machine_of(resolve_target(_target(machine)))
         return pick(task.title, consider(task.problem, made), made, Policy()).as_point()
     except (GemmifyError, ValueError):
         return None
@@ -119,6 +119,10 @@ def untuned(task: Task, machine: MachineId) -> Point | None:
 @lru_cache(maxsize=64)
 def _target(machine: MachineId) -> Any:
     """The target that the code of `machine` was made for, as far as the record tells."""
+    if machine.target == "cuda":
+        plain = {"kind": "cuda", "arch": machine.mcpu}
+        archs = set(machine.mcpu.split(","))
+        return plain if feature_hash(archs) == machine.features else {**plain, "tf32": True}
     if (here := this_machine()) and (here.mcpu, here.features) == (machine.mcpu, machine.features):
         return "llvm"
     named = {"kind": machine.target, "num-cores": machine.cores}

@@ -81,7 +81,7 @@ class Tuned:
             return
         from .log import folder_of, this_machine, this_versions
 
-        machine = replace(this_machine(self._target), threads=self._threads)
+        machine = this_machine(self._target, self._threads)
         versions, folder = this_versions(), folder_of(machine)
         if (own := _source(places, folder, machine, versions)) is not None:
             yield own

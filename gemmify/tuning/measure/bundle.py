@@ -29,14 +29,14 @@ import tvm
 import tvm_ffi
 
 from lowering.base import activation_shape, weight_shape
-from schedules import Machine
+from schedules import AnyMachine, Gpu, machine_of
 
 from ...conformance import Expected, tolerance
 from ...errors import GemmifyError, GemmifyWarning
 from ...export import check_destination, find_linker, write_file
 from ...host import arch_of
 from ...kernels import operand_shape
-from ...manifest import required_cpu_features, target_triple
+from ...manifest import required_cpu_features, target_archs, target_triple
 from ...pipeline import resolve_target
 from ..folder import this_machine, this_versions
 from ..point import Point
@@ -46,6 +46,7 @@ from . import runner
 from .builders import Builders, Built
 from .bundle_import import import_results
 from .check import read_arrays, write_arrays
+from .placed import FLUSHED
 from .runner.results import BUNDLE_FORMAT
 
 __all__ = ["Bundle", "import_results", "write_bundle"]
@@ -60,6 +61,8 @@ from runner.script import main
 main()
 '''
 _SHOWN = 3
+NVCC_SLOWER = 6
+"""How many times longer a candidate for a GPU may take to build: nvcc needs seconds."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,10 @@ def write_bundle(
         folder = Path(made)
         for name in ("libraries", "expected"):
             (folder / name).mkdir()
-        builders = Builders(str(resolved), build_limit)
+        machine = machine_of(resolved)
+        builders = Builders(str(resolved), NVCC_SLOWER * build_limit if isinstance(machine, Gpu) else build_limit)
         try:
-            packed = _Packing(folder, builders, Machine.from_target(resolved), seed)
+            packed = _Packing(folder, builders, machine, seed)
             for task in tasks:
                 packed.add(task, points_by_task.get(task, ()))
         finally:
@@ -151,7 +155,16 @@ def _description(target: tvm.target.Target, threads: int, run_limit: float) -> d
         "tvm_ffi": str(tvm_ffi.__version__),
         "threads": threads,
         "limit": run_limit,
+        **_of_gpu(target),
     }
+
+
+def _of_gpu(target: tvm.target.Target) -> dict[str, Any]:
+    """What a runner must know of the GPU, where the code is for one."""
+    machine = machine_of(target)
+    if not isinstance(machine, Gpu):
+        return {}
+    return {"gpu": {"archs": list(target_archs(target)), "flush": FLUSHED * machine.l2_bytes}}
 
 
 def _tar(folder: Path, file: IO[bytes]) -> None:
@@ -171,7 +184,7 @@ def _nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 class _Packing:
     """The entries of a bundle as they are made."""
 
-    def __init__(self, folder: Path, builders: Builders, machine: Machine, seed: int) -> None:
+    def __init__(self, folder: Path, builders: Builders, machine: AnyMachine, seed: int) -> None:
         self.folder, self.builders, self.machine, self.seed = folder, builders, machine, seed
         self.tasks: list[dict[str, Any]] = []
         self.candidates: list[dict[str, Any]] = []

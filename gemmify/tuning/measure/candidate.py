@@ -17,7 +17,7 @@ from tvm import te, tirx
 from lowering import ConvProblem, Lowering, LoweringCost, Problem
 from lowering.base import activation_shape, output_shape
 from lowering.epilogue import PER_CHANNEL, EpilogueOp
-from schedules import Machine, schedule_func
+from schedules import AnyMachine, Machine, schedule_func
 
 from ...conformance import Expected, tolerance
 from ...fold import evaluate
@@ -142,7 +142,7 @@ def build(job: Job, machine: Machine, target: tvm.target.Target) -> Candidate:
     return Candidate(problem, ops, kernels.cost, steps, [module[name] for name in names], packed)
 
 
-def steps_of(kernels: LayerKernels, ops: Sequence[EpilogueOp], packed: Arrays, machine: Machine) -> Iterator[Step]:
+def steps_of(kernels: LayerKernels, ops: Sequence[EpilogueOp], packed: Arrays, machine: AnyMachine) -> Iterator[Step]:
     """The kernels of one call in order, with the conversions that `gemmify.lower` puts around the lowering."""
     problem = kernels.problem
     operands = {op.operand: op for op in ops if op.operand is not None}
@@ -171,7 +171,9 @@ def operand_name(index: int) -> str:
     return f"operand {index}"
 
 
-def _conversion(source: str, result: str, shape: tuple[int, ...], to_first: bool, dtype: str, machine: Machine) -> Step:
+def _conversion(
+    source: str, result: str, shape: tuple[int, ...], to_first: bool, dtype: str, machine: AnyMachine
+) -> Step:
     rank = len(shape)
     order = [0, rank - 1, *range(1, rank - 1)] if to_first else [0, *range(2, rank), 1]
     given = te.placeholder(shape, dtype, name="given")

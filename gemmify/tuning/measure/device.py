@@ -11,7 +11,7 @@ import gc
 import select
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,14 @@ import tvm
 from tvm import rpc
 from tvm.rpc import base
 
-from ...conformance import Expected, tolerance
-from ...guarded import poison
 from ...threads import SHARE_ALL_CORES
 from ..task import Task
-from . import sampling
-from .check import read_arrays
-from .library import ENTRY, FLUSH, LibrarySpec
+from .library import FLUSH, LibrarySpec
+from .placed import run_finals, run_trial
 from .probe import device_facts
 
 Tell = Callable[[Any], None]
 _ASK_EVERY = 1.0
-_SHORTEST = 200e-6  # seconds of a warm sample
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,7 @@ class Session:
     """A session on a device that fits, with its modules."""
 
     def __init__(self, wanted: Wanted, tell: Tell) -> None:
+        self.flush: Mapping[str, Any] = {"f_preproc": FLUSH}
         while True:
             address, match_key = _request(wanted, tell)
             tell(("connecting", f"{address[0]}:{address[1]}"))
@@ -135,60 +132,6 @@ def _servers(wanted: Wanted) -> tuple[int, tuple[str, ...]]:
         session.close()
 
 
-@dataclass
-class _Placed:
-    """A candidate on the device: its module and the arguments of its entry."""
-
-    spec: LibrarySpec
-    module: Any
-    tensors: dict[str, Any]
-
-    @property
-    def arguments(self) -> list[Any]:
-        return [self.tensors[name] for name in self.spec.entry]
-
-    def run(self) -> None:
-        """Transform the weight and run the layer once."""
-        for call in self.spec.weights:
-            self.module[call.symbol](*(self.tensors[name] for name in (*call.reads, call.writes)))
-        self.module[ENTRY](*self.arguments)
-
-    def times(self, session: Session, number: int, repeat: int, flush: bool) -> tuple[float, ...]:
-        """Seconds of a call, one entry each of `repeat` samples of `number` calls."""
-        preparation = FLUSH if flush else ""
-        timer = self.module.time_evaluator(ENTRY, session.device, number=number, repeat=repeat, f_preproc=preparation)
-        return tuple(float(t) for t in timer(*self.arguments).results)
-
-
-def _place(session: Session, path: str, spec: LibrarySpec, given: dict[str, Any]) -> _Placed:
-    written = {call.writes: spec.tensors[call.writes] for call in (*spec.weights, *spec.calls)}
-    tensors = dict(given)
-    for name, (shape, dtype) in written.items():
-        tensors[name] = session.tensor(np.full(shape, poison(dtype), dtype))
-    for name, (shape, source) in spec.views.items():
-        tensors[name] = tensors[source]._create_view(shape)
-    return _Placed(spec, session.load(path), tensors)
-
-
-def _given(session: Session, want: Expected, names: set[str]) -> dict[str, Any]:
-    arrays = {"data": want.data, "weight": want.weight}
-    arrays |= {f"operand {i}": operand for i, operand in enumerate(want.operands)}
-    return {name: session.tensor(array) for name, array in arrays.items() if name in names}
-
-
-def compare(got: np.ndarray, want: Expected, task: Task, growth: float) -> tuple[float, str | None]:
-    """The largest deviation of an output relative to the largest result, and what is wrong with it or None."""
-    got = got.reshape(want.result.shape)
-    largest = float(np.abs(want.result).max()) or 1.0
-    worst = float(np.max(np.abs(got - want.result)))
-    limit = tolerance(task.problem.dtype, want, growth, task.epilogue)
-    if worst <= limit:  # a NaN compares as False: it must fail
-        return worst / largest, None
-    if not np.isfinite(worst):
-        return float("inf"), f"{int((~np.isfinite(got)).sum())} of {got.size} output elements are not finite"
-    return worst / largest, f"off by {worst / largest:.1e} of the largest output, {limit / largest:.1e} is allowed"
-
-
 def facts(_tell: Tell, wanted: Wanted) -> dict[str, Any]:
     """What the next free device that fits is."""
     return Session(wanted, _tell).facts
@@ -197,63 +140,16 @@ def facts(_tell: Tell, wanted: Wanted) -> dict[str, Any]:
 def trial(
     tell: Tell, wanted: Wanted, task: Task, folder: str, path: str, spec: LibrarySpec, give_up: float | None
 ) -> dict[str, Any]:
-    """Check a candidate on a device and time it: outcome, why, warm, cold, error, as `Measured` has them."""
+    """`run_trial` on a device."""
     session = Session(wanted, tell)
-    want = read_arrays(Path(folder))
-    given = _given(session, want, set(spec.tensors))
     tell(("running",))
-    placed = _place(session, path, spec, given)
-    placed.run()
-    error, wrong = compare(placed.tensors[spec.output].numpy(), want, task, spec.growth)
-    if wrong is not None:
-        return {"outcome": "wrong", "why": wrong, "error": error}
-    warm, cold = _sample(session, placed, give_up)
-    return {"outcome": "ok", "warm": warm, "cold": cold, "error": error}
-
-
-def _sample(session: Session, placed: _Placed, give_up: float | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(warm, cold) times, in the amounts of a trial on this machine."""
-    amount = sampling.TRIAL
-    first = placed.times(session, 1, 2, flush=True)
-    if give_up is not None and min(first) > sampling.GIVE_UP_FACTOR * give_up:
-        return placed.times(session, 1, 1, flush=False), first
-    more = _fitting(amount.cold_budget, max(first), amount.least, amount.cold) - len(first)
-    cold = first + placed.times(session, 1, more, flush=True)
-    call = min(placed.times(session, 1, 2, flush=False))
-    number = max(1, int(np.ceil(_SHORTEST / max(call, 1e-7))))
-    repeat = _fitting(amount.warm_budget, number * call, amount.least, amount.warm)
-    return placed.times(session, number, repeat, flush=False), cold
-
-
-def _fitting(budget: float, seconds: float, least: int, most: int) -> int:
-    """How many samples of `seconds` fit into `budget`, between `least` and `most`."""
-    return max(least, min(most, int(budget / max(seconds, 1e-7))))
+    return run_trial(session, task, folder, path, spec, give_up)
 
 
 def finals(
     tell: Tell, wanted: Wanted, task: Task, folder: str, libraries: list[tuple[str, LibrarySpec]], rounds: int
 ) -> list[dict[str, Any]]:
-    """All candidates in turns on one device, `rounds` times, every second round backwards; one answer as `trial` gives
-    for each."""
+    """`run_finals` on one device."""
     session = Session(wanted, tell)
-    want = read_arrays(Path(folder))
-    given = _given(session, want, {name for _, spec in libraries for name in spec.tensors})
     tell(("running",))
-    placed: list[_Placed] = []
-    answers: list[dict[str, Any]] = []
-    for path, spec in libraries:
-        placed.append(_place(session, path, spec, given))
-        placed[-1].run()
-        error, wrong = compare(placed[-1].tensors[spec.output].numpy(), want, task, spec.growth)
-        answers.append(
-            {"outcome": "wrong" if wrong else "ok", "why": wrong or "", "error": error, "warm": (), "cold": ()}
-        )
-    turn = sampling.TURN
-    for number in range(rounds):
-        order = range(len(placed)) if number % 2 == 0 else reversed(range(len(placed)))
-        for i in (i for i in order if answers[i]["outcome"] == "ok"):
-            cold = placed[i].times(session, 1, turn.cold, flush=True)
-            calls = max(1, int(np.ceil(_SHORTEST / max(min(cold), 1e-7))))
-            answers[i]["cold"] += cold
-            answers[i]["warm"] += placed[i].times(session, calls, turn.warm, flush=False)
-    return answers
+    return run_finals(session, task, folder, libraries, rounds)

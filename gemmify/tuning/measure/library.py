@@ -8,11 +8,9 @@ argument: TVM's `cache_flush_cpu_non_first_arg` then leaves the input, and it al
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -22,12 +20,10 @@ from tvm import tirx
 from lowering import Lowering
 from lowering.base import activation_shape, weight_shape
 from lowering.problem import dtype_bytes
-from schedules import Machine, parse_target
+from schedules import machine_of, parse_target
 
-from ...errors import GemmifyError
-from ...export import find_linker
-from ...kernels import layer_kernels, operand_shape, too_large
-from ...manifest import target_triple
+from ...export import write_library
+from ...kernels import layer_kernels, on_machine, operand_shape, scratch_of, too_large
 from ...pipeline_build import TIR_PIPELINE
 from ..point import Point
 from ..task import Task
@@ -40,11 +36,18 @@ FLUSH = "cache_flush_cpu_non_first_arg"
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel: its name in the library, the tensors that it reads in order, and the one that it writes."""
+    """One kernel: its name in the library, the tensors that it reads in order, the one that it writes, and what it
+    needs between its launches."""
 
     symbol: str
     reads: tuple[str, ...]
     writes: str
+    scratch: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The tensors that it is called with, in order."""
+        return (*self.reads, *self.scratch, self.writes)
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,13 @@ class LibrarySpec:
     @property
     def given(self) -> tuple[str, ...]:
         """The tensors that must be supplied, in the order of their names."""
-        written = {call.writes for call in (*self.weights, *self.calls)}
-        return tuple(sorted(set(self.tensors) - written))
+        return tuple(sorted(set(self.tensors) - set(self.written)))
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The tensors that the calls fill, scratch included."""
+        calls = (*self.weights, *self.calls)
+        return tuple(dict.fromkeys(name for call in calls for name in (*call.scratch, call.writes)))
 
     @property
     def bytes(self) -> int:
@@ -86,7 +94,7 @@ class LibrarySpec:
         """The specification that `to_dict` wrote, perhaps through JSON."""
 
         def calls(items: Sequence[Any]) -> tuple[Call, ...]:
-            return tuple(Call(i["symbol"], tuple(i["reads"]), i["writes"]) for i in items)
+            return tuple(Call(i["symbol"], tuple(i["reads"]), i["writes"], tuple(i["scratch"])) for i in items)
 
         tensors = {name: (tuple(shape), str(dtype)) for name, (shape, dtype) in data["tensors"].items()}
         steps = calls(data["weights"]), calls(data["calls"])
@@ -114,8 +122,8 @@ def build_library(task: Task, point: Point, target: str, path: str, lowering: Lo
     point does not apply to the task, GemmifyError where it cannot be linked, and whatever the compiler raises.
     """
     resolved = parse_target(target)
-    machine = Machine.from_target(resolved)
-    lowering, problem = lowering or point.configured(), task.problem
+    machine = machine_of(resolved)
+    lowering, problem = lowering or point.configured(), on_machine(task.problem, machine)
     reason = lowering.applicable(problem) or too_large(lowering, problem, lowering.cost(problem, point.tile))
     if reason is not None:
         raise ValueError(f"{lowering.key} does not apply: {reason}")
@@ -131,15 +139,15 @@ def build_library(task: Task, point: Point, target: str, path: str, lowering: Lo
         if step.given and tensors[reads[0]][0] != step.given:
             views[f"{reads[0]}, reshaped"] = (step.given, reads[0])
             reads = (f"{reads[0]}, reshaped", *reads[1:])
-        calls.append(Call(name, reads, step.writes))
+        calls.append(Call(name, reads, step.writes, scratch_names(step)))
     weights = tuple(call for call in calls if call.writes in weight_stages)
     acting = tuple(call for call in calls if call.writes not in weight_stages)
-    entry = tuple(dict.fromkeys(["data", *(name for call in acting for name in (*call.reads, call.writes))]))
+    entry = tuple(dict.fromkeys(["data", *(name for call in acting for name in call.arguments)]))
     growth = kernels.cost.error_growth
     spec = LibrarySpec(tensors, weights, acting, entry, acting[-1].writes, growth, views)
     funcs[ENTRY] = _entry(spec)
     executable = tvm.compile(tvm.IRModule(funcs), target=resolved, tir_pipeline=TIR_PIPELINE)
-    link_library(executable, target_triple(resolved), path)
+    write_library(executable, resolved, path)
     return spec
 
 
@@ -149,29 +157,23 @@ def _tensors(task: Task, steps: Sequence[Step]) -> dict[str, tuple[tuple[int, ..
     for op in task.epilogue:
         if op.operand is not None:
             found[operand_name(op.operand)] = (operand_shape(op, problem, "NHWC"), dtype)
-    return found | {step.writes: (step.shape, step.dtype) for step in steps}
+    for step in steps:
+        found |= dict(zip(scratch_names(step), scratch_of(step.func), strict=True))
+        found[step.writes] = (step.shape, step.dtype)
+    return found
+
+
+def scratch_names(step: Step) -> tuple[str, ...]:
+    """What a library calls the scratch of a step."""
+    return tuple(f"scratch {i} of {step.writes}" for i in range(len(scratch_of(step.func))))
 
 
 def _entry(spec: LibrarySpec) -> tirx.PrimFunc:
     """The function that calls the kernels of one call in order. It passes its arguments on as they are."""
     handles = {name: tirx.Var(f"argument{i}", "handle") for i, name in enumerate(spec.entry)}
     calls = [
-        tirx.Evaluate(tirx.call_cpacked(call.symbol, *(handles[name] for name in (*call.reads, call.writes))))
+        tirx.Evaluate(tirx.call_cpacked(call.symbol, *(handles[name] for name in call.arguments)))
         for call in spec.calls
     ]
     body = calls[0] if len(calls) == 1 else tirx.SeqStmt(calls)
     return tirx.PrimFunc(list(handles.values()), body).with_attr("global_symbol", ENTRY)
-
-
-def link_library(executable: Any, triple: str, path: str) -> None:
-    """Write a compiled module as the shared library `path`; GemmifyError with the linker's complaint."""
-    command = find_linker(triple)
-
-    def link(output: str, objects: Sequence[str], **_: Any) -> None:
-        line = [*command, "-o", str(output), *map(str, objects)]
-        done = subprocess.run(line, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0]
-            raise GemmifyError(f"cannot link {Path(path).name}: {said}; set CXX to a compiler for {triple}")
-
-    executable.export_library(path, fcompile=link)

@@ -16,8 +16,8 @@ import tvm
 from tvm.script import tirx as T
 
 from ...bench.header import cpu_model
+from ...export import write_library
 from ...host import cpu_flags
-from .library import link_library
 
 _PATH_BYTES = 256
 _FILE_BYTES = 1 << 16
@@ -39,7 +39,7 @@ def build_probe(triple: str, path: str) -> None:
             T.evaluate(T.call_extern("int32", "close", T.Cast("int32", count[0])))
 
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple})
-    link_library(tvm.compile(tvm.IRModule({"read_file": read_file}), target=target), triple, path)
+    write_library(tvm.compile(tvm.IRModule({"read_file": read_file}), target=target), triple, path)
 
 
 def remote_file(module: Any, device: Any, path: str) -> str | None:

@@ -36,9 +36,12 @@ def arrays_of(task: Any) -> dict[str, Any]:
 class Candidate:
     """A library with its tensors."""
 
-    def __init__(self, tvm: Any, item: Any, task: Any, arrays: dict[str, Any]) -> None:
+    def __init__(self, tvm: Any, bundle: Any, item: Any, arrays: dict[str, Any]) -> None:
         import numpy as np
 
+        task, gpu = bundle["tasks"][item["task"]], bundle.get("gpu")
+        self.device = tvm.cuda(0) if gpu else tvm.cpu()
+        self.flush = {"cache_flush_bytes": gpu["flush"]} if gpu else {"f_preproc": FLUSH}
         self.tvm, self.spec, self.task, self.limit = tvm, item["spec"], task, item["tolerance"]
         load = tvm.get_global_func("ffi.Module.load_from_file.so")
         self.module = load(os.path.join(HERE, item["library"]), "so")
@@ -47,8 +50,8 @@ class Candidate:
             if name in arrays:
                 array = arrays[name]
             else:
-                array = np.full(shape, np.nan if dtype.startswith("float") else np.iinfo(dtype).max, dtype)
-            self.tensors[name] = tvm.runtime.tensor(array)
+                array = np.full(shape, np.nan if "float" in dtype else np.iinfo(dtype).max, dtype)
+            self.tensors[name] = tvm.runtime.tensor(array, self.device)
         for name, (shape, source) in self.spec["views"].items():
             self.tensors[name] = self.tensors[source]._create_view(shape)
         self.arguments = [self.tensors[name] for name in self.spec["entry"]]
@@ -58,7 +61,7 @@ class Candidate:
         import numpy as np
 
         for call in self.spec["weights"]:
-            names = [*call["reads"], call["writes"]]
+            names = [*call["reads"], *call["scratch"], call["writes"]]
             self.module[call["symbol"]](*[self.tensors[name] for name in names])
         self.module["layer"](*self.arguments)
         got = self.tensors[self.spec["output"]].numpy().reshape(-1)
@@ -75,8 +78,8 @@ class Candidate:
 
     def times(self, number: int, repeat: int, flush: bool) -> list[float]:
         """Seconds of a call, one entry each of `repeat` samples of `number` calls."""
-        cpu, preparation = self.tvm.cpu(), FLUSH if flush else ""
-        timer = self.module.time_evaluator("layer", cpu, number=number, repeat=repeat, f_preproc=preparation)
+        cooled = self.flush if flush else {}
+        timer = self.module.time_evaluator("layer", self.device, number=number, repeat=repeat, **cooled)
         return [float(t) for t in timer(*self.arguments).results]
 
     def sample(self, best: float | None) -> tuple[list[float], list[float]]:
@@ -103,7 +106,7 @@ def set_threads(tvm: Any, threads: int) -> None:
 def one_trial(tvm: Any, bundle: Any, item: Any, best: float | None) -> dict[str, Any]:
     set_threads(tvm, bundle["threads"])
     task = bundle["tasks"][item["task"]]
-    candidate = Candidate(tvm, item, task, arrays_of(task))
+    candidate = Candidate(tvm, bundle, item, arrays_of(task))
     error, wrong = candidate.check()
     if wrong:
         return {"outcome": "wrong", "why": wrong, "error": error}
@@ -116,7 +119,7 @@ def one_final(tvm: Any, bundle: Any, items: list[Any]) -> list[dict[str, Any]]:
     set_threads(tvm, bundle["threads"])
     task = bundle["tasks"][items[0]["task"]]
     arrays = arrays_of(task)
-    candidates = [Candidate(tvm, item, task, arrays) for item in items]
+    candidates = [Candidate(tvm, bundle, item, arrays) for item in items]
     answers: list[dict[str, Any]] = []
     for candidate in candidates:
         error, wrong = candidate.check()

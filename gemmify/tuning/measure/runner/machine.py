@@ -87,6 +87,7 @@ def load_runtime(bundle: Any) -> Any:
     os.environ["TVM_USE_RUNTIME_LIB"] = "1"
     wanted = "pip install apache-tvm=={} apache-tvm-ffi=={}".format(bundle["tvm"], bundle["tvm_ffi"])
     try:
+        import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy; TVM needs it too)
         import tvm
         import tvm_ffi
     except ImportError as err:

@@ -20,6 +20,7 @@ from typing import Any
 
 from .apart import apart
 from .candidate import HERE, one_final, one_trial
+from .gpu import check_gpu
 from .machine import check_machine, fail, load_runtime
 from .results import BUNDLE_FORMAT, RESULTS_FORMAT, append, median, read_results, sealed
 
@@ -132,9 +133,11 @@ def main() -> None:
         fail(f"bundle.json cannot be read beside run.py ({err}); unpack the bundle again")
     if bundle.get("format") != BUNDLE_FORMAT:
         fail("this runner knows the format {}, the bundle is {}".format(BUNDLE_FORMAT, bundle.get("format")))
-    machine = check_machine(bundle)
+    machine, tvm = check_machine(bundle), load_runtime(bundle)
+    if "gpu" in bundle:
+        machine = check_gpu(tvm, bundle, machine)
     try:
-        run = Run(bundle, machine, load_runtime(bundle), given.results, given.limit)
+        run = Run(bundle, machine, tvm, given.results, given.limit)
         complete = run.trials() and run.finals()
     except OSError as err:
         fail(f"{given.results}: {err.strerror or err}; give --results a place that can be written")
