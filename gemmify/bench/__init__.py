@@ -9,14 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemmify.bench.gpu_bundle import write_bundle
+    from gemmify.bench.gpu_suite import import_result, run_gpu
     from gemmify.bench.lowerings import run_lowerings
     from gemmify.bench.network import run_model
     from gemmify.bench.report import peers_report, render, render_markdown
     from gemmify.bench.suites import run_suite
 
-__all__ = ["peers_report", "render", "render_markdown", "run_lowerings", "run_model", "run_suite"]
+__all__ = [
+    "import_result",
+    "peers_report",
+    "render",
+    "render_markdown",
+    "run_gpu",
+    "run_lowerings",
+    "run_model",
+    "run_suite",
+    "write_bundle",
+]
 
 _HOMES = {
+    "import_result": "gpu_suite",
+    "run_gpu": "gpu_suite",
+    "write_bundle": "gpu_bundle",
     "run_lowerings": "lowerings",
     "run_model": "network",
     "run_suite": "suites",

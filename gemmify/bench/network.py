@@ -17,12 +17,14 @@ from gemmify.bench import metaschedule
 from gemmify.bench.header import header
 from gemmify.bench.peers import ENGINES, OURS, check_peers
 from gemmify.bench.rounds import agreement, measure_engines
+from gemmify.cuda.device import require_gpu
 from gemmify.errors import InputError
 from gemmify.frontend import import_model
 from gemmify.manifest import target_dict
 from gemmify.pipeline import resolve_target
 from gemmify.runtime import random_inputs
-from gemmify.threads import check_threads, default_threads
+from gemmify.threads import check_threads, default_threads, require_one_thread
+from schedules import Gpu, machine_of
 
 DEFAULT_REPEAT = 40
 TOLERANCE = 1e-3
@@ -62,17 +64,22 @@ def run_model(
     ready for JSON: per engine seconds (best, median, p90, all), GFLOP/s and share of the multiply-add peak of this run,
     `ratio` (its median over ours: above 1 we are faster), its outputs' difference from ours; per kernel, per layer and
     per kind the seconds of ours, and `conv_fc_share`, the share of the convolutions and fully connected layers in
-    them. Raises InputError for an unknown or missing peer and for a model that a peer cannot read, GemmifyError where
-    an engine fails.
+    them. On a GPU there are no peers, the limits are those of its data sheet, and a time holds the copies of inputs and
+    outputs; the suite `gpu` compares without them. Raises InputError for an unknown or missing peer, for a model that a
+    peer cannot read and for a GPU that is not here, GemmifyError where an engine fails.
     """
     check_peers(peers)
     minutes = metaschedule.check_minutes(tuning_minutes, peers)
+    gpu = _gpu(target, peers)
+    if gpu is not None:
+        require_one_thread(threads)
+        threads = 1
     threads = default_threads() if threads is None else check_threads(threads)
     source = _source(model, peers, shapes)
     result = header("model", threads, target)
     options = {"lowering": lowering, "max_error": max_error, "logs": logs, "frozen": frozen}
-    bandwidth = {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
-    peaks = [measure.multiply_add_peak(threads, "float32", target)]
+    bandwidth, peak = _limits(gpu, threads, target)
+    peaks = [peak()]
     progress(f"peak {peaks[0]:.0f} GFLOP/s, memory read {bandwidth['read']:.1f} GB/s, {threads} threads")
     with tempfile.TemporaryDirectory(prefix="gemmify-bench-") as folder:
         begin = time.perf_counter()
@@ -98,11 +105,13 @@ def run_model(
             threads,
             repeat=repeat or DEFAULT_REPEAT,
             profile=OURS,
-            between=lambda: peaks.append(measure.multiply_add_peak(threads, "float32", target)),
+            between=lambda: peaks.append(peak()),
             progress=progress,
         )
     layers, macs = compiled.layers, sum(int(layer["macs"]) for layer in compiled.layers)
     result.update(bandwidth=bandwidth, peak={"gflops": max(peaks), "samples": peaks}, tolerance=TOLERANCE)
+    if gpu is not None:
+        result["device"] = compiled.device
     result["model"] = {
         "name": compiled.manifest.model,
         "macs": macs,
@@ -115,6 +124,27 @@ def run_model(
     result["kernels"] = kernel_rows(found["kernels"], layers)
     result.update(breakdown(result["kernels"], layers, max(peaks)))
     return result
+
+
+def _gpu(target: Any, peers: Sequence[str]) -> Gpu | None:
+    """The GPU of `target`, which is here; None for a CPU. InputError where it is not here, or peers were named."""
+    resolved = resolve_target(target)
+    machine = machine_of(resolved)
+    if not isinstance(machine, Gpu):
+        return None
+    if peers:
+        raise InputError(f"the peers ({', '.join(peers)}) run on the CPU; for a GPU use --suite gpu, which has cuDNN")
+    require_gpu(resolved)
+    return machine
+
+
+def _limits(gpu: Gpu | None, threads: int, target: Any) -> tuple[dict[str, float], Callable[[], float]]:
+    """GB/s of memory by kind, and what gives the GFLOP/s of multiply-adds: measured now on a CPU, else the board's."""
+    if gpu is not None:
+        nominal = 2 * gpu.fma / 1e9
+        return dict.fromkeys(("read", "triad"), gpu.bandwidth / 1e9), lambda: nominal
+    bandwidth = {kind: measure.memory_bandwidth(threads, kind) for kind in ("read", "triad")}
+    return bandwidth, lambda: measure.multiply_add_peak(threads, "float32", target)
 
 
 def breakdown(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]], peak: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from gemmify.bench.gpu_report import gpu_parts
 from gemmify.bench.header import SCHEMA, header
 from gemmify.bench.lowerings_report import lowerings_parts
 from gemmify.bench.metaschedule import check_minutes
@@ -27,7 +28,8 @@ BUSY_SHARE = 0.8  # a peak this far below the run's best says that something els
 
 
 def render(result: Mapping[str, Any]) -> RenderableType:
-    """A rich renderable of what `run_suite`, `run_lowerings`, `run_model` or `peers_report` returned.
+    """A rich renderable of what `run_suite`, `run_lowerings`, `run_gpu`, `run_model` or `peers_report`
+    returned.
 
     Raises InputError for another.
     """
@@ -45,6 +47,8 @@ def render_markdown(result: Mapping[str, Any]) -> str:
 def _parts(result: Mapping[str, Any]) -> list[Part]:
     if result.get("schema") != SCHEMA:
         raise InputError(f"this is not a benchmark result: schema {SCHEMA} is required, found {result.get('schema')!r}")
+    if result["kind"] == "gpu":  # its machine is another one
+        return gpu_parts(result)
     body = {"suite": _suite, "model": _model, "peers": _peers, "lowerings": lowerings_parts}.get(str(result["kind"]))
     if body is None:
         raise InputError(f"a benchmark result of kind {result['kind']!r} is not known")
@@ -53,10 +57,12 @@ def _parts(result: Mapping[str, Any]) -> list[Part]:
 
 def _machine_lines(result: Mapping[str, Any]) -> list[str]:
     machine = result["machine"]
-    lines = [f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {result['date']}"]
+    where = result.get("device") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    lines = [f"{where}, {result['date']}"]
     if "peak" in result:
+        limits = "of the data sheet" if "device" in result else "measured in this run"
         lines.append(
-            f"limits measured in this run: {result['peak']['gflops']:.0f} GFLOP/s of multiply-adds, "
+            f"limits {limits}: {result['peak']['gflops']:.0f} GFLOP/s of multiply-adds, "
             f"memory read {result['bandwidth']['read']:.1f} GB/s, triad {result['bandwidth']['triad']:.1f} GB/s"
         )
     return lines
