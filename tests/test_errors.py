@@ -194,7 +194,7 @@ def test_a_foreign_architecture(tmp_path, library):
     [
         ({"cpu_features": ("avx1024f", "sse9")}, ["lacks: avx1024f, sse9", "x86-64-v3"]),
         ({"triple": "riscv64-linux-gnu"}, ["code for riscv64"]),
-        ({"target": {"kind": "cuda"}}, ["target cuda", "CPU code only"]),
+        ({"target": {"kind": "vulkan"}}, ["target vulkan", "CPUs and CUDA only"]),
         ({"tvm": "0.26.1"}, ["made with apache-tvm 0.26.1", "install apache-tvm==0.26.1"]),
         ({"tvm_ffi": "0.9.0"}, ["apache-tvm-ffi 0.9.0"]),
         ({"format": 2}, ["manifest format 2", "reads format 1"]),
