@@ -262,5 +262,7 @@ def tolerance(dtype: str, want: Expected, growth: float, ops: Sequence[EpilogueO
         peak = peak * size if op.kind in ("scale", "mul") else peak + size
     if accumulator(dtype) != dtype:
         # Stored in fewer digits, once: half a step of the largest output, or of a number too small for all its digits.
-        error += UNIT[dtype] * (float(np.abs(want.result).max()) + error) + float(ml_dtypes.finfo(dtype).smallest_subnormal)
+        error += UNIT[dtype] * (float(np.abs(want.result).max()) + error) + float(
+            ml_dtypes.finfo(dtype).smallest_subnormal
+        )
     return error

@@ -16,16 +16,16 @@ from typing import Any
 from lowering import DenseProblem, Problem
 from lowering.base import layer_kind
 from lowering.graph.epilogue import LayerSite
-from schedules import AnyMachine, machine_of
+from schedules import AnyMachine, Gpu, machine_of
 
 from .dtypes import require_dtype
 from .frontend import import_model
 from .lower import layer_sites, unknown_layer
-from .pipeline import lowering_graph, resolve_target, user_policy
+from .pipeline import lowering_graph, resolve_target, threads_for, user_policy
 from .plan import Plan
 from .report import ratio as text_of
 from .select import Candidate, Choice, by_time, candidate_of, error_bound, nothing_fits
-from .threads import check_threads, default_threads
+from .threads import check_threads
 from .tuning.choice import Chooser
 from .tuning.task import Task
 from .tuning.use import Tuned, open_logs
@@ -52,7 +52,7 @@ def explain_model(
 ) -> dict[str, Any]:
     """Every candidate of every layer of `model` (or of `layer`), as `compile_model` weighs it with the same arguments.
 
-    Returns {model, threads, max_workspace, max_error, tuning (see `tuning.choice.coverage`), layers}. Each entry of
+    Returns {model, threads, unit (of what is modelled: "cycles", on a GPU "ns"), max_workspace, max_error, tuning (see `tuning.choice.coverage`), layers}. Each entry of
     `layers` stands for all layers that pose the same problem and were answered alike: {names, op, problem, macs,
     lowering, why, max_error, point, tuned, candidates}; a candidate is {key, verdict, and where it applies gemms, macs,
     workspace_bytes (of `threads`), weight_bytes, cycles, ratio (to the chosen one's),
@@ -64,9 +64,9 @@ def explain_model(
     resolved = resolve_target(target)
     machine = machine_of(resolved)
     policy = user_policy(lowering, strict, max_workspace, max_error, plan)
-    tuned = open_logs(resolved, default_threads() if threads is None else threads, logs)
+    tuned = open_logs(resolved, threads_for(resolved, threads), logs)
     chooser, choices = Chooser(machine, policy, tuned, frozen), dict[str, Choice]()
-    count = default_threads() if threads is None else check_threads(threads)
+    count = threads_for(resolved, None if threads is None else check_threads(threads))
     imported = import_model(model, shapes, dtype)
     sites = list(layer_sites(lowering_graph(imported.mod), policy).values())
     if layer is not None:
@@ -100,6 +100,7 @@ def explain_model(
     return {
         "model": imported.name,
         "threads": count,
+        "unit": "ns" if isinstance(machine, Gpu) else "cycles",
         "max_workspace": policy.max_workspace,
         "max_error": policy.max_error,
         "tuning": chooser.coverage(choices),

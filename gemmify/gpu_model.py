@@ -10,7 +10,8 @@ precision, TF32 where it is allowed, else multiply-adds. Reads in chunks of less
 cores more. Workspaces that the L2 holds are read and written faster than memory is.
 
 Seconds of a kernel are right within a factor of about two at best; only ratios on one layer are used. What has
-workspaces must be modelled MARGIN faster than what has none, what computes its operands TRANSFORM_MARGIN.
+workspaces must be modelled MARGIN times faster than what has none, and so must the definition, which always remains and
+otherwise would tie with the GEMM that it is; what computes its operands TRANSFORM_MARGIN times more.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ FILL = 256
 L2_SPEED = 2.5
 """How much faster than memory the L2 gives and takes what it holds."""
 CORE_SHARE = 0.2
-"""Share of the multiply-adds' peak that a form without a GEMM reaches, each operand read for one multiply-add."""
+"""Share of the multiply-adds' peak that a matrix-vector form (depthwise) reaches: each operand serves few of them."""
 NARROW = {16: (1.0, 1.0), 8: (1.1, 1.3), 4: (1.3, 2.0), 2: (1.6, 4.0)}
 """By the bytes of a chunk: how much longer a GEMM takes on multiply-adds, and on tensor cores."""
-MARGIN, TRANSFORM_MARGIN = 1.1, 1.25
+MARGIN, TRANSFORM_MARGIN = 1.3, 1.1
 
 
 def gpu_time(lowering: Lowering, problem: Problem, gpu: Gpu, cost: LoweringCost) -> float:
     """Modelled nanoseconds of `lowering` on `gpu`; `problem` is staged (`kernels.on_machine`) and `cost` its cost."""
     rate, tensor_cores = peak(lowering, problem, gpu)
     gemm, launches = 0.0, len(cost.workspace) + 1
-    if lowering.gemm_formula.startswith("none"):
+    if lowering.axes(problem).vector_a:
         gemm = cost.macs / (gpu.fma * CORE_SHARE)
     else:
         slow = NARROW[chunk_bytes(problem)][tensor_cores] * cost.read_factor
@@ -59,7 +60,9 @@ def gpu_time(lowering: Lowering, problem: Problem, gpu: Gpu, cost: LoweringCost)
         moved += 2 * problem.element * (prod(activation_shape(problem)) + prod(output_shape(problem))) / gpu.bandwidth
         launches += 2
     seconds = max(gemm, own / gpu.bandwidth) + moved + cost.extra_flops / (gpu.fma * CORE_SHARE) + LAUNCH * launches
-    margin = TRANSFORM_MARGIN if lowering.computes_operands else MARGIN if cost.workspace else 1.0
+    margin = TRANSFORM_MARGIN if lowering.computes_operands else 1.0
+    if cost.workspace or lowering.gemm_formula == "none":
+        margin *= MARGIN
     return 1e9 * seconds * margin
 
 

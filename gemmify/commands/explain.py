@@ -30,7 +30,9 @@ def show(result: dict[str, Any]) -> None:
     groups = result["layers"]
     count = sum(len(group["names"]) for group in groups)
     timed = any(candidate.get("measured") for group in groups for candidate in group["candidates"])
-    columns = COLUMNS if timed else tuple(column for column in COLUMNS if column[1] != "measured")
+    unit = result.get("unit", "cycles")
+    named = tuple((unit, *column[1:]) if column[1] == "cycles" else column for column in COLUMNS)
+    columns = named if timed else tuple(column for column in named if column[1] != "measured")
     for index, group in enumerate(groups, 1):
         usable = [candidate for candidate in group["candidates"] if "gemms" in candidate]
         print(_title(index, len(groups), group))  # a table's own title would wrap at the table's width
@@ -53,7 +55,7 @@ def show(result: dict[str, Any]) -> None:
         if not timed
         else "measured is the fastest trial of each in the logs; the choice rests on finals, in turns"
     )
-    print(f"cycles are modelled, all cores at work, and only compare candidates: {said}")
+    print(f"{unit} are modelled, all cores at work, and only compare candidates: {said}")
 
 
 def narrow(candidates: list[dict[str, Any]], width: int, columns: tuple[report.Column, ...] | None = None) -> list[str]:

@@ -456,6 +456,12 @@ def test_wgmma_that_is_not_waited_for_has_not_happened():
     assert not np.array_equal(late, expected)
 
 
+def test_a_uniform_value_that_is_none():
+    launch(kernel("  int warp = t / 32;\n  gemmify_uniform(&warp);\n  out[t] = warp;"), 1, N, INPUT, POISON)
+    with pytest.raises(LaunchError, match="not the same in all lanes"):
+        launch(kernel("  int warp = t / 48;\n  gemmify_uniform(&warp);\n  out[t] = warp;"), 1, N, INPUT, POISON)
+
+
 def test_wgmma_needs_the_proxy_fence():
     with pytest.raises(LaunchError, match="without gemmify_fence_proxy_async"):
         warp_group("f16", 16, fence="")

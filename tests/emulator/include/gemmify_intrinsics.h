@@ -26,5 +26,12 @@ inline void gemmify_round_tf32(unsigned* x) {
 
 #define gemmify_wgmma_fence() gemmify_emulator_wgmma_fence()
 #define gemmify_wgmma_commit() gemmify_emulator_wgmma_commit(__LINE__)
-inline void gemmify_uniform(int*) {}
+inline void gemmify_check_uniform(int* value, int line) {
+  gemmify_emulator_together(0xFFFFFFFFu, false, line, "gemmify_uniform", value, [](void** values) {
+    for (int lane = 1; lane < 32; ++lane)
+      if (values[lane] != nullptr && *static_cast<int*>(values[lane]) != *static_cast<int*>(values[0]))
+        gemmify_emulator_trap("gemmify_uniform of values that are not the same in all lanes");
+  }, false);
+}
+#define gemmify_uniform(value) gemmify_check_uniform(value, __LINE__)
 #define gemmify_fence_proxy_async() gemmify_emulator_fence_proxy()
