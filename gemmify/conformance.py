@@ -190,7 +190,8 @@ def compile_cases(
         for b, own in zip(built, names, strict=True)
         for kernel, name in zip(b.kernels, own, strict=True)
     }
-    module = tvm.compile(tvm.IRModule(functions), target=target, tir_pipeline=TIR_PIPELINE)
+    with target:  # device code is compiled for the enclosing target
+        module = tvm.compile(tvm.IRModule(functions), target=target, tir_pipeline=TIR_PIPELINE)
     device = tvm.cuda(0) if isinstance(machine, Gpu) else tvm.cpu()
     functions_of = [[_Function(module, name) for name in own] for own in names]
     return [LayerKernel(b, own, device) for b, own in zip(built, functions_of, strict=True)]
@@ -262,7 +263,6 @@ def tolerance(dtype: str, want: Expected, growth: float, ops: Sequence[EpilogueO
         peak = peak * size if op.kind in ("scale", "mul") else peak + size
     if accumulator(dtype) != dtype:
         # Stored in fewer digits, once: half a step of the largest output, or of a number too small for all its digits.
-        error += UNIT[dtype] * (float(np.abs(want.result).max()) + error) + float(
-            ml_dtypes.finfo(dtype).smallest_subnormal
-        )
+        least = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+        error += UNIT[dtype] * (float(np.abs(want.result).max()) + error) + least
     return error

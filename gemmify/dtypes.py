@@ -15,7 +15,9 @@ def refusal(dtype: str, machine: AnyMachine) -> str | None:
     if isinstance(machine, Gpu):
         return _gpu_refusal(dtype, machine)
     if dtype not in COMPILED:
-        return f"this version compiles {', '.join(COMPILED[:-1])} and {COMPILED[-1]} layers; {_CONVERT}"
+        compiled = f"{', '.join(COMPILED[:-1])} and {COMPILED[-1]}"
+        gpu = ", or compile for a GPU" if dtype == "bfloat16" else ""
+        return f"for a CPU this version compiles {compiled} layers; {_CONVERT}{gpu}"
     if dtype == "float16" and not machine.converts_float16:
         name = machine.mcpu or f"generic {machine.arch}"
         return (

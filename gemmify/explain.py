@@ -8,19 +8,20 @@ prediction; what a log has measured stands beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from statistics import median
 from typing import Any
 
-from lowering import DenseProblem, Problem
+from lowering import DenseProblem
 from lowering.base import layer_kind
 from lowering.graph.epilogue import LayerSite
 from schedules import AnyMachine, Gpu, machine_of
 
 from .dtypes import require_dtype
 from .frontend import import_model
-from .lower import layer_sites, unknown_layer
+from .kernels import layer_kernels
+from .lower import layer_sites, unknown_layer, within_bound
 from .pipeline import lowering_graph, resolve_target, threads_for, user_policy
 from .plan import Plan
 from .report import ratio as text_of
@@ -52,13 +53,13 @@ def explain_model(
 ) -> dict[str, Any]:
     """Every candidate of every layer of `model` (or of `layer`), as `compile_model` weighs it with the same arguments.
 
-    Returns {model, threads, unit (of what is modelled: "cycles", on a GPU "ns"), max_workspace, max_error, tuning (see `tuning.choice.coverage`), layers}. Each entry of
-    `layers` stands for all layers that pose the same problem and were answered alike: {names, op, problem, macs,
-    lowering, why, max_error, point, tuned, candidates}; a candidate is {key, verdict, and where it applies gemms, macs,
-    workspace_bytes (of `threads`), weight_bytes, cycles, ratio (to the chosen one's),
-    error, measured (seconds of its fastest trial in the logs, or None)}. `point` is what a log or a plan gives beyond
-    the key, and the chosen candidate is then the configured one. `verdict` is "chosen" or why not. Where no lowering
-    keeps within the bounds, `lowering` and every `ratio` are None, and `why` says what would fit. Raises
+    Returns {model, threads, unit (of what is modelled: "cycles", on a GPU "ns"), max_workspace, max_error, tuning (see
+    `tuning.choice.coverage`), layers}. Each entry of `layers` stands for all layers that pose the same problem and were
+    answered alike: {names, op, problem, macs, lowering, why, max_error, point, tuned, candidates}; a candidate is {key,
+    verdict, and where it applies gemms, macs, workspace_bytes (of `threads`), weight_bytes, cycles, ratio (to the
+    chosen one's), error, measured (seconds of its fastest trial in the logs, or None)}. `point` is what a log or a plan
+    gives beyond the key, and the chosen candidate is then the configured one. `verdict` is "chosen" or why not. Where
+    no lowering keeps within the bounds, `lowering` and every `ratio` are None, and `why` says what would fit. Raises
     InputError for a layer that the model does not have, and otherwise as `compile_model` does.
     """
     resolved = resolve_target(target)
@@ -80,8 +81,9 @@ def explain_model(
         candidates = chooser.candidates(site.problem)
         if by_time(candidates):
             choice = chooser.choose(site.name, Task(site.problem, site.epilogue), candidates)
+            choice = within_bound(site, choice, chooser)
             choices[site.name], why = choice, choice.why
-            taken, candidates = _placed(choice, candidates, site.problem, machine)
+            taken, candidates = _placed(choice, candidates, site, machine)
         else:
             choice, taken, why = None, None, f"nothing fits: {nothing_fits(candidates, policy)}"
         key = (site.problem, choice and choice.as_point(), why)
@@ -120,12 +122,16 @@ def _measured(tuned: Tuned | None, task: Task) -> dict[str, float]:
 
 
 def _placed(
-    choice: Choice, candidates: list[Candidate], problem: Problem, machine: AnyMachine
+    choice: Choice, candidates: list[Candidate], site: LayerSite, machine: AnyMachine
 ) -> tuple[Candidate, list[Candidate]]:
-    """The chosen candidate, and all of them with it in the place of its lowering with other sizes."""
-    if choice.point is None:
+    """The chosen candidate, and all of them with it in the place of its lowering with other sizes. On a GPU its kernels
+    are made, which alone know what they need between their launches."""
+    if choice.point is None and not isinstance(machine, Gpu):
         return next(c for c in candidates if c.key == choice.lowering.key), candidates
-    taken = candidate_of(choice.lowering, problem, machine, choice.tile)
+    taken = candidate_of(choice.lowering, site.problem, machine, choice.tile)
+    if isinstance(machine, Gpu):
+        made = layer_kernels(choice.lowering, site.problem, machine, site.epilogue, choice.tile, choice.schedule)
+        taken = replace(taken, cost=made.cost)
     return taken, [taken if c.key == taken.key else c for c in candidates]
 
 

@@ -47,6 +47,8 @@ def check_destination(path: str | os.PathLike[str]) -> Path:
     place = Path(path)
     if place.is_dir():
         raise InputError(f"cannot write {place}: it is a folder; give the name of a file in it, e.g. {place / 'NAME'}")
+    if place.exists() and not place.is_file():  # what is written takes the place of what was there
+        raise InputError(f"cannot write {place}: it is a device, a pipe or a socket; give the name of a file")
     folder = place.parent
     if not folder.is_dir():
         raise InputError(f"cannot write {place}: there is no folder {folder}; create it first")
@@ -182,12 +184,16 @@ def _finish(image: Path, manifest: Manifest, place: Path) -> Path:
     return place
 
 
-def _pack(archs: Sequence[str]) -> Callable[..., str] | None:
-    """TVM's hook that packs the imports of a library: with device code for `archs`; None, TVM's own way, for a CPU."""
+def _pack(executable: Any, archs: Sequence[str]) -> Callable[..., str] | None:
+    """TVM's hook that packs the imports of a library: with device code for `archs`; None, TVM's own way, for a CPU, and
+    for a network that computes nothing: there is no object file then whose kind ours could take."""
     if not archs:
         return None
-    from .cuda.packing import pack_imports, write_object
+    from .cuda.packing import has_device_code, pack_imports, write_object
     from .cuda.toolchain import compile_cuda
+
+    if not has_device_code(executable.mod):
+        return None
 
     def pack(module: Any, _system: bool, prefix: str, folder: str) -> str:
         packed = pack_imports(module, lambda text: compile_cuda(text, tuple(archs)).image)
@@ -206,7 +212,7 @@ def _build_image(executable: Any, triple: str, archs: Sequence[str], name: str, 
         executable.mod.export_library(
             str(image),
             fcompile=lambda output, objects, **_: _link(command, name, Path(output), list(objects)),
-            fpack_imports=_pack(archs),
+            fpack_imports=_pack(executable, archs),
             workspace_dir=str(folder),
         )
     return image

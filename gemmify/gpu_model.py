@@ -3,15 +3,15 @@
     time = max(GEMM, its bytes / bandwidth) + transforms + workspaces, written and read + launches
 
 GEMM: the best of a few block tiles. A tile `bm x bn` computes at `share` of its multiprocessor's peak (a small one
-reads more from shared memory and L2 for what it multiplies), partial tiles cost as much as whole ones, and blocks run in
-waves of one a multiprocessor; where there are fewer blocks than those, the reduction is cut into parts whose sums a
+reads more from shared memory and L2 for what it multiplies), partial tiles cost as much as whole ones, and blocks run
+in waves of one a multiprocessor; where there are fewer blocks than those, the reduction is cut into parts whose sums a
 further launch adds up. The peak is that of the core which would run: tensor cores for operands stored in half
 precision, TF32 where it is allowed, else multiply-adds. Reads in chunks of less than 16 bytes slow a core down, tensor
 cores more. Workspaces that the L2 holds are read and written faster than memory is.
 
 Seconds of a kernel are right within a factor of about two at best; only ratios on one layer are used. What has
 workspaces must be modelled MARGIN times faster than what has none, and so must the definition, which always remains and
-otherwise would tie with the GEMM that it is; what computes its operands TRANSFORM_MARGIN times more.
+otherwise would tie with the GEMM that it is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CORE_SHARE = 0.2
 """Share of the multiply-adds' peak that a matrix-vector form (depthwise) reaches: each operand serves few of them."""
 NARROW = {16: (1.0, 1.0), 8: (1.1, 1.3), 4: (1.3, 2.0), 2: (1.6, 4.0)}
 """By the bytes of a chunk: how much longer a GEMM takes on multiply-adds, and on tensor cores."""
-MARGIN, TRANSFORM_MARGIN = 1.3, 1.1
+MARGIN = 1.5
 
 
 def gpu_time(lowering: Lowering, problem: Problem, gpu: Gpu, cost: LoweringCost) -> float:
@@ -60,9 +60,7 @@ def gpu_time(lowering: Lowering, problem: Problem, gpu: Gpu, cost: LoweringCost)
         moved += 2 * problem.element * (prod(activation_shape(problem)) + prod(output_shape(problem))) / gpu.bandwidth
         launches += 2
     seconds = max(gemm, own / gpu.bandwidth) + moved + cost.extra_flops / (gpu.fma * CORE_SHARE) + LAUNCH * launches
-    margin = TRANSFORM_MARGIN if lowering.computes_operands else 1.0
-    if cost.workspace or lowering.gemm_formula == "none":
-        margin *= MARGIN
+    margin = MARGIN if cost.workspace or lowering.gemm_formula == "none" else 1.0
     return 1e9 * seconds * margin
 
 

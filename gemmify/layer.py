@@ -154,12 +154,9 @@ def compile_layer(
         raise InputError(f"lowering {lowering.key} does not apply: {reason}; {_what_works(problem, machine)}")
     require_dtype("the layer", problem.dtype, machine)
     kernels = layer_kernels(lowering, problem, machine, tuple(epilogue), tile, schedule)
-    functions = [
-        tvm.compile(
-            tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}), target=target, tir_pipeline=TIR_PIPELINE
-        )
-        for k in kernels.kernels
-    ]
+    modules = [tvm.IRModule({"main": k.func.with_attr("global_symbol", "main")}) for k in kernels.kernels]
+    with target:  # device code is compiled for the enclosing target
+        functions = [tvm.compile(module, target=target, tir_pipeline=TIR_PIPELINE) for module in modules]
     return LayerKernel(kernels, functions, tvm.cuda(0) if isinstance(machine, Gpu) else tvm.cpu())
 
 

@@ -18,7 +18,7 @@ def check_graph(wanted: Any, on_gpu: bool) -> bool:
     if not isinstance(wanted, bool):
         raise InputError(f"cuda_graph must be True or False, got {wanted!r}")
     if wanted and not on_gpu:
-        raise InputError("a CUDA graph was asked for, and the code is for a CPU; leave cuda_graph out")
+        raise InputError("a CUDA graph was asked for, and the code is for a CPU; leave --cuda-graph (cuda_graph) out")
     return wanted
 
 

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import difflib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import tvm
 from tvm import relax, te
 
 from lowering import ConvProblem, Lowering
-from lowering.base import output_shape
+from lowering.base import activation_shape, output_shape
 from lowering.graph._rewrite import Emitter, Graph, substitute
 from lowering.graph.epilogue import LayerSite, describe_layer
 from lowering.graph.gather_epilogues import LAYER_ATTR
+from schedules import Gpu
 
 from .dtypes import require_dtype
 from .errors import InputError
 from .fold import evaluate
-from .kernels import Kernel, LayerKernels, layer_kernels
+from .kernels import Kernel, LayerKernels, ScheduleKnobs, layer_kernels
 from .scratch import call_kernel
 from .select import Choice, Policy
 from .tuning.choice import Chooser
+from .tuning.point import knobs
 from .tuning.task import Task
 
 
@@ -80,9 +82,29 @@ def choose_layers(mod: tvm.IRModule, chooser: Chooser) -> dict[str, tuple[LayerS
     chosen: dict[str, tuple[LayerSite, Choice]] = {}
     for name, site in layer_sites(mod, chooser.policy).items():
         require_dtype(f"layer {site.name}", site.problem.dtype, chooser.machine)
-        chosen[name] = (site, chooser.choose(site.name, Task(site.problem, site.epilogue)))
+        choice = chooser.choose(site.name, Task(site.problem, site.epilogue))
+        chosen[name] = (site, within_bound(site, choice, chooser))
     chooser.settle({site.name: choice for site, choice in chosen.values()})
     return chosen
+
+
+def within_bound(site: LayerSite, choice: Choice, chooser: Chooser) -> Choice:
+    """`choice`; on a GPU its reductions are not split where their partial sums, which no formula knows, are above the
+    policy's bound."""
+    bound = chooser.policy.max_workspace
+    if bound is None or not isinstance(chooser.machine, Gpu):
+        return choice
+    if kernels_of(site, choice, chooser).cost.scratch(1) <= bound:
+        return choice
+    schedule = knobs(dict(choice.schedule) | {"split_k": 1})
+    whole = replace(choice, schedule=cast(ScheduleKnobs, schedule))
+    whole = replace(whole, point=whole.as_point(), why=f"{choice.why}; not split, its sums are above the bound")
+    if (scratch := kernels_of(site, whole, chooser).cost.scratch(1)) > bound:
+        raise InputError(
+            f"layer {site.name}: the kernels of {choice.lowering.key} need {scratch} bytes between their launches, the "
+            f"workspace bound is {bound}; raise it, or choose another lowering for this layer"
+        )
+    return whole
 
 
 def layer_sites(mod: tvm.IRModule, policy: Policy) -> dict[str, LayerSite]:
@@ -113,12 +135,13 @@ def _known_layers(asked: str, known: list[str]) -> str:
 
 def _plan_layers(mod: tvm.IRModule, chooser: Chooser) -> dict[str, _Plan]:
     return {
-        name: _Plan(site, choice, _kernels(site, choice, chooser))
+        name: _Plan(site, choice, kernels_of(site, choice, chooser))
         for name, (site, choice) in choose_layers(mod, chooser).items()
     }
 
 
-def _kernels(site: LayerSite, choice: Choice, chooser: Chooser) -> LayerKernels:
+def kernels_of(site: LayerSite, choice: Choice, chooser: Chooser) -> LayerKernels:
+    """The kernels that `choice` makes of `site`."""
     return layer_kernels(choice.lowering, site.problem, chooser.machine, site.epilogue, choice.tile, choice.schedule)
 
 
@@ -172,7 +195,7 @@ class _Rewriter:
         plan = self.plans[name]
         site, lowering = plan.site, plan.choice.lowering
         layer = LoweredLayer(site, plan.choice, plan.kernels)
-        tensors: dict[str, relax.Expr] = {"data": self._convert(bb, args[site.data], site, lowering)}
+        tensors: dict[str, relax.Expr] = {"data": self._data(bb, args[site.data], site, lowering)}
         if not isinstance(site.weight, np.ndarray):
             tensors["weight"] = args[site.weight]
         for stage, value in self.packed.get(name, {}).items():
@@ -204,6 +227,13 @@ class _Rewriter:
         if key not in self.constants:
             self.constants[key] = relax.const(value, str(value.dtype))  # without a dtype float64 is narrowed
         return self.constants[key]
+
+    def _data(self, bb: Emitter, value: relax.Expr, site: LayerSite, lowering: Lowering) -> relax.Expr:
+        """The layer's input as the lowering reads it: a matrix where a product has several axes of rows."""
+        shape = activation_shape(site.problem)
+        if tuple(int(s) for s in value.ty.shape) != shape:
+            value = bb.emit(relax.op.reshape(value, shape))
+        return self._convert(bb, value, site, lowering)
 
     def _convert(self, bb: Emitter, value: relax.Expr, site: LayerSite, lowering: Lowering) -> relax.Expr:
         """A channels-last activation in the layout that the lowering reads."""

@@ -155,7 +155,7 @@ def _runnable(target: Any) -> tuple[Target, Machine]:
     except TargetError as error:
         raise InputError(str(error)) from error
     if str(parsed.kind) != "llvm":
-        raise InputError(f"a peak is measured for a CPU target (llvm), got {parsed.kind}")
+        raise InputError(f"a peak is measured for a CPU target (llvm), got {parsed.kind}; for a GPU use --suite gpu")
     machine, host = Machine.from_target(parsed), Machine.from_target(host_target())
     if machine.arch != host.arch:
         raise InputError(f"the target is for {machine.arch}, and this machine is {host.arch}: measure there")

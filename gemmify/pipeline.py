@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 
 import lowering.graph
 from lowering.graph.epilogue import LayerSite
@@ -25,7 +25,7 @@ from .export import check_destination
 from .frontend import ImportedModel, import_model
 from .layer import LayerKernel, compile_layer
 from .loading import check_graph
-from .lower import LoweredLayer, choose_layers, lower_layers
+from .lower import LoweredLayer, choose_layers, kernels_of, lower_layers
 from .manifest import Manifest, target_archs
 from .memory import MemoryPlan
 from .pipeline_build import build_executable
@@ -86,6 +86,9 @@ def plan_model(
     name, chosen = chosen_layers(model, shapes, chooser, dtype)
     choices = {site.name: choice for site, choice in chosen}
     layers = [_describe(site, choice, count) for site, choice in chosen]
+    if resolved.kind.name == "cuda":  # as in `describe`: of the kernels
+        made = [kernels_of(site, choice, chooser) for site, choice in chosen]
+        layers = [{**layer, "workspace_bytes": k.cost.scratch(count)} for layer, k in zip(layers, made, strict=True)]
     return Planned(name, Plan.of(choices), layers, chooser.coverage(choices))
 
 
@@ -194,11 +197,28 @@ def fuse_rest(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
                 t.FoldConstant(),
                 t.FuseOps(fuse_opt_level=2),
                 t.FuseTIR(),
-                # A reshape that is a kernel of its own moves nothing. Scheduled, it would not be recognised any more.
-                t.RewriteDataflowReshape(),
+                _reshapes_are_views,
                 t.DeadCodeElimination(),
             ]
         )(mod)
+
+
+@tvm.transform.module_pass(opt_level=0, name="ReshapesAreViews")
+def _reshapes_are_views(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+    """A reshape that is a kernel of its own moves nothing. Scheduled, it would not be recognised any more.
+
+    TVM's pass takes every function for one that is a root block: those of a GPU, which are not, look empty to it.
+    """
+    nothing = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", tirx.Evaluate(0)))
+    found = [(gv, f) for gv, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
+    hidden = [(gv, f) for gv, f in found if not isinstance(f.body, s_tir.SBlockRealize)]
+    mod = mod.clone()
+    for gvar, func in hidden:
+        mod.update_func(gvar, func.with_body(nothing))
+    mod = relax.transform.RewriteDataflowReshape()(mod)
+    for gvar, func in hidden:
+        mod.update_func(gvar, func)
+    return mod
 
 
 def user_policy(
@@ -286,7 +306,9 @@ def _manifest(
 
 def describe(layer: LoweredLayer, threads: int) -> dict[str, Any]:
     """What `m.layers` says of one layer that `threads` threads work on."""
-    return {**_describe(layer.site, layer.choice, threads), "kernels": layer.functions}
+    described = _describe(layer.site, layer.choice, threads)
+    # Of the kernels as they are: the formula does not know what a GPU's need between their launches.
+    return {**described, "workspace_bytes": layer.kernels.cost.scratch(threads), "kernels": layer.functions}
 
 
 def _describe(site: LayerSite, choice: Choice, threads: int) -> dict[str, Any]:

@@ -32,25 +32,37 @@ def call_kernel(func: tirx.PrimFunc, gvar: tvm.ir.GlobalVar, inputs: list[Any], 
 def allocate_scratch(mod: tvm.IRModule) -> tvm.IRModule:
     """Every `call_tir` of `main` whose function has got scratch by being scheduled, given that scratch."""
     waiting = {gv.name_hint for gv, f in mod.functions_items() if isinstance(f, tirx.PrimFunc) and scratch_count(f)}
-    if not waiting:
-        return mod
     graph, out = Graph(mod["main"]), Emitter()
+    callees = {var: callee for var, value in graph.bindings if (callee := _callee(value)) is not None}
+    values = dict(graph.bindings)
+    stale = {c.name_hint for v, c in callees.items() if c.name_hint in waiting and not _has_scratch(values[v], mod[c])}
+    if not stale:
+        return mod
+    mod, renewed = _renewed(mod, stale)
     for var, value in graph.bindings:
-        callee = _callee(value)
-        func = mod[callee] if callee is not None and callee.name_hint in waiting else None
-        if func is None or _has_scratch(value, func):
+        callee = renewed.get(callees[var].name_hint) if var in callees else None
+        if callee is None:
             out.env[var] = out.default(var, value)
             continue
         types = _fields(value.ty_args[0])
         inputs = [substitute(arg, out.lookup) for arg in value.args[1].fields]
-        call, last = call_kernel(func, callee, inputs, types)
+        call, last = call_kernel(mod[callee], callee, inputs, types)
         result = out.emit(call, f"{var.name}_all")
         picked = [*range(len(types) - 1), last]
         fields = [relax.TupleGetItem(result, i) for i in picked]
         out.env[var] = out.emit(fields[0], var.name) if len(types) == 1 else relax.Tuple([out.emit(f) for f in fields])
-    mod = mod.clone()
     mod["main"] = out.finish(graph, [substitute(o, out.lookup) for o in graph.outputs])
     return relax.transform.Normalize()(mod)
+
+
+def _renewed(mod: tvm.IRModule, names: set[str]) -> tuple[tvm.IRModule, dict[str, tvm.ir.GlobalVar]]:
+    """`mod` with new global variables for the functions `names`, and these by name: a variable keeps the type of what
+    it first stood for, which has other parameters."""
+    kept = {gv: func for gv, func in mod.functions_items() if gv.name_hint not in names}
+    builder = relax.BlockBuilder(tvm.IRModule(kept, attrs=mod.attrs))
+    # Without its symbol, which would be that of another variable where the builder has to choose a new name.
+    found = {name: builder.add_func(mod[name].without_attr("global_symbol"), name) for name in sorted(names)}
+    return builder.get(), found
 
 
 def _callee(value: Any) -> Any:

@@ -67,9 +67,7 @@ class Fft(Lowering):
             return reason
         assert isinstance(problem, ConvProblem)
         if problem.staged:
-            return Reason(
-                "needs lines of a tile in scratch between its passes, got kernels without scratch of their own"
-            )
+            return Reason("needs scratch of the thread between its passes, got kernels without scratch of their own")
         if any(s != 1 for s in problem.stride[-2:]):
             return Reason(f"needs stride 1 in height and width, got {'x'.join(map(str, problem.stride))}")
         reach = reach_of(problem)

@@ -238,6 +238,8 @@ def test_wrong_calls_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch
         run_lowerings(layer="vgg16:conv9")
     with pytest.raises(InputError, match="bogus"):
         run_lowerings(target="bogus")
+    with pytest.raises(InputError, match=r"is for a CPU \(llvm\), got cuda; for a GPU use --suite gpu"):
+        run_lowerings(target="cuda -arch=sm_90")
     assert lowerings.check_keys(["direct", "im2row"]) == ["im2row", "direct"], "in the catalogue's order"
 
 

@@ -289,3 +289,10 @@ def test_the_object_file_is_one_that_linkers_take(tmp_path: Path) -> None:
     (tmp_path / "text.o").write_text("not an object file, but long enough to hold a header of one, 64 bytes")
     with pytest.raises(ValueError, match="not a 64-bit little-endian ELF file"):
         packing.write_object(tmp_path / "text.o", iter([b"x"]), io.BytesIO())
+
+
+@needs_nvcc
+def test_an_old_gpu_is_compiled_for(tmp_path: Path) -> None:
+    """Without asynchronous copies; several kernels of a text share the name of their shared memory."""
+    network = gemmify.compile(small_cnn(), target="cuda -arch=sm_75")
+    assert network.export(tmp_path / "old.so").is_file()

@@ -187,6 +187,14 @@ def test_several_results_are_left_to_the_fallback() -> None:
     assert rules == ["fallback"] and "threadIdx" in cuda_text([made])
 
 
+def test_tensors_that_32_bits_do_not_index_are_left_to_the_fallback() -> None:
+    a = te.placeholder((tirx.IntImm("int64", 1 << 16), tirx.IntImm("int64", (1 << 15) + 8)), "float16", name="a")
+    made, rules = scheduled_by(build(a, topi.nn.relu(a)), GPU)
+    assert rules == ["fallback"] and "int64_t" in cuda_text([made])
+    smaller = te.placeholder((tirx.IntImm("int64", 1 << 16), tirx.IntImm("int64", 1 << 14)), "float16", name="a")
+    assert scheduled_by(build(smaller, topi.nn.relu(smaller)), GPU)[1] == ["map"]
+
+
 def test_a_scan_is_done_by_one_thread() -> None:
     a = te.placeholder((4, 60), "float32", name="a")
     made, rules = scheduled_by(build(a, topi.cumsum(a, axis=1)), GPU)

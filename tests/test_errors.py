@@ -232,6 +232,8 @@ def test_destinations_that_cannot_be(tmp_path):
         check_destination(tmp_path)
     with refused(InputError, "is not writable"):
         check_destination("/proc/net.so")
+    with pytest.raises(InputError, match="it is a device"):
+        check_destination("/dev/null")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

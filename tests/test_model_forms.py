@@ -107,3 +107,12 @@ def test_an_open_batch(batch: int) -> None:
     compiled = gemmify.compile(model, shapes={"x": (batch, 3, 12, 12)})
     assert compiled.outputs[0].shape == (batch, 5)
     assert_close(compiled.run(x), onnxruntime_outputs(model, x))
+
+
+def test_rows_along_several_axes_are_rows_of_one_matrix() -> None:
+    weight = np.random.default_rng(3).standard_normal((4, 5)).astype(np.float32)
+    model = models.single("MatMul", [[2, 3, 4]], [weight])
+    x = np.random.default_rng(4).standard_normal((2, 3, 4)).astype(np.float32)
+    compiled = gemmify.compile(model)
+    assert [layer["lowering"] for layer in compiled.layers] == ["dense"]
+    np.testing.assert_allclose(compiled.run([x])[0], x @ weight, rtol=1e-5, atol=1e-5)

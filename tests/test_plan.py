@@ -139,6 +139,31 @@ def test_the_bound_on_the_workspace_holds(model, tmp_path, capfd):
     np.testing.assert_allclose(small(x), large(x), rtol=1e-4, atol=1e-5)
 
 
+def test_the_bound_holds_for_the_sums_of_split_reductions(tmp_path, capfd):
+    """A GPU splits a long reduction of few outputs; its partial sums are workspace too."""
+    weight = numpy_helper.from_array(np.ones((16, 2048, 1, 1), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["data", "w"], ["y"], name="long", kernel_shape=[1, 1])],
+        "split",
+        [helper.make_tensor_value_info("data", TensorProto.FLOAT, [1, 2048, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16, 4, 4])],
+        [weight],
+    )
+    path, place = tmp_path / "split.onnx", tmp_path / "p.json"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    words = [str(path), "--target", "cuda -arch=sm_90", "--lowering", "pointwise", "--json", "-"]
+    assert cli.main(["plan", *words, "-o", str(place)]) == 0
+    assert json.loads(capfd.readouterr().out)["layers"][0]["workspace_bytes"] > 0
+    assert cli.main(["plan", *words, "-o", str(place), "--max-workspace", "0"]) == 0
+    (bound,) = json.loads(capfd.readouterr().out)["layers"]
+    assert bound["workspace_bytes"] == 0 and "not split" in bound["reason"]
+    assert Plan.load(place).to_dict()["layers"]["long"]["schedule"] == {"split_k": 1}
+    assert cli.main(["explain", *words, "--max-workspace", "0"]) == 0
+    (group,) = json.loads(capfd.readouterr().out)["layers"]
+    chosen = next(row for row in group["candidates"] if row["verdict"] == "chosen")
+    assert (chosen["key"], chosen["workspace_bytes"]) == ("pointwise", 0)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("0", 0), ("4096", 4096), ("8B", 8), ("2K", 2048), ("2KiB", 2048), ("3mib", 3 << 20), ("1G", 1 << 30)],

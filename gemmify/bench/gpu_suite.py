@@ -62,7 +62,7 @@ def _require_device(folder: Path) -> None:
         said = (done.stderr.strip().splitlines() or ["no GPU"])[-1].partition("CudaFailure: ")
         why = said[2] or said[0]
         raise IncompatibleError(
-            f"the suite gpu needs a GPU, and none can be used here: {why}; write a bundle for a machine that "
+            f"the suite gpu needs a GPU, and {why}; write a bundle for a machine that "
             'has: --bundle out.tar --target "cuda -arch=sm_90"'
         )
 

@@ -75,6 +75,8 @@ def run_lowerings(
         resolved = parse_target("llvm" if target is None else target)
     except TargetError as error:
         raise InputError(str(error)) from error
+    if resolved.kind.name != "llvm":
+        raise InputError(f"the suite {SUITE} is for a CPU (llvm), got {resolved.kind.name}; for a GPU use --suite gpu")
     everything = select_shapes(SUITE, layer)
     shapes = choose_shapes(everything, layer, quick)
     check_some_apply(keys, shapes)

@@ -47,15 +47,16 @@ def show(result: dict[str, Any]) -> None:
     bound = "unbounded" if result["max_workspace"] is None else f"at most {report.size(result['max_workspace'])}"
     loosest = max((group["max_error"] for group in groups), default=0.0)
     layers = "1 layer" if count == 1 else f"{count} layers"
-    threads = "thread" if result["threads"] == 1 else "threads"
-    print(f"{result['model']}: {layers}{same}; workspace of {result['threads']} {threads}, {bound}")
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    print(f"{result['model']}: {layers}{same}; workspace of {'a GPU' if unit == 'ns' else threads}, {bound}")
     print(f"error expected relative to a layer's largest output, at most {loosest:.1e}")
     said = (
         "no time was measured"
         if not timed
         else "measured is the fastest trial of each in the logs; the choice rests on finals, in turns"
     )
-    print(f"{unit} are modelled, all cores at work, and only compare candidates: {said}")
+    cores = "the whole GPU" if unit == "ns" else "all cores"
+    print(f"{unit} are modelled, {cores} at work, and only compare candidates: {said}")
 
 
 def narrow(candidates: list[dict[str, Any]], width: int, columns: tuple[report.Column, ...] | None = None) -> list[str]:

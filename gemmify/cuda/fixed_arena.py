@@ -26,9 +26,10 @@ def lift_arena(mod: tvm.IRModule) -> tvm.IRModule:
     `mod` is what `LowerAllocTensor` leaves after `gemmify.memory.plan_arena`: the arena is what `main` binds first.
     """
     main = mod["main"]
-    first, *others = main.body.blocks[0].bindings
-    if not _allocates(first.value) or str(first.var.name) != "arena":
+    bindings = list(main.body.blocks[0].bindings) if main.body.blocks else []
+    if not bindings or not _allocates(bindings[0].value) or str(bindings[0].var.name) != "arena":
         return mod
+    first, *others = bindings
     builder = relax.BlockBuilder(mod.clone())
     arena = relax.Function([], relax.SeqExpr([], first.value), relax.AnyType(), is_pure=False)
     blocks = [relax.BindingBlock(others), *main.body.blocks[1:]]

@@ -154,6 +154,11 @@ def pack_imports(module: Any, compiler: Callable[[str], bytes]) -> Packed:
     return Packed.unpack(memoryview(blob).cast("B")).compiled(compiler)
 
 
+def has_device_code(module: Any) -> bool:
+    """Whether `module` (tvm.runtime.Module) imports a CUDA module, itself or through others."""
+    return any(imported.kind == "cuda" or has_device_code(imported) for imported in module.imports)
+
+
 def device_modules(module: Any) -> list[CudaModule]:
     """The CUDA modules that `module` imports, itself or through others; weights are not serialised for it."""
     import tvm

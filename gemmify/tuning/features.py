@@ -126,7 +126,7 @@ def _cost_features(
 def _macs_a_unit(problem: Problem, machine: AnyMachine) -> float:
     """Multiply-adds that the machine does in one unit of `modelled_time`: a cycle of a CPU, 1 ns of a GPU."""
     if isinstance(machine, Gpu):
-        return 1e-9 * (machine.half if problem.widened else machine.fma)
+        return 1e-9 * (machine.half if accumulator(problem.dtype) != problem.dtype else machine.fma)
     return float(machine.cores * machine.fma_ports * machine.lanes(accumulator(problem.dtype)))
 
 

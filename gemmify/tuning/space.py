@@ -23,7 +23,7 @@ from schedules.cpu.tile import candidates, modelled_cycles
 
 from ..accuracy import expected_error
 from ..errors import InputError
-from ..kernels import on_machine, tile_for, tile_request, too_large
+from ..kernels import multiplied_in, on_machine, tile_for, tile_request, too_large
 from ..policy import Policy, did_you_mean
 from ..select import by_time, consider, error_bound, modelled_time, nothing_fits
 from .bound import Limits, lower_bound
@@ -164,7 +164,8 @@ class Space:
             cost = lowering.cost(problem, tile_for(lowering, problem, self.machine))
         except ValueError:
             return False
-        if too_large(lowering, problem, cost) is not None or expected_error(cost, problem.dtype) > self._max_error:
+        error = expected_error(cost, problem.dtype, multiplied_in(lowering, problem.dtype, self.machine))
+        if too_large(lowering, problem, cost) is not None or error > self._max_error:
             return False
         return self._max_workspace is None or cost.scratch(self.machine.cores) <= self._max_workspace
 

@@ -3,11 +3,11 @@
 The model gives seconds for a tile, the largest of three times plus what cannot overlap:
 
     compute   waves * seconds of one block's multiply-adds, blocks of a multiprocessor side by side; edges count whole
-    from L2   bytes that all blocks copy / bandwidth of the L2 (a multiple of the memory's)
+    from L2   bytes that all blocks copy / bandwidth of the L2
     memory    bytes of A, B and C once / bandwidth
 
 where waves = ceil(blocks / (multiprocessors * blocks that fit by registers, shared memory and threads)). Split-K
-divides the reduction among `split` blocks; its partial sums are written and read once more, and cost another launch.
+divides the reduction among `split` blocks; its partial sums are written, then read by another launch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from math import ceil
 from .core import BlockTile, Core
 from .device import MAX_THREADS, REGISTERS_PER_SM, Gpu
 
-L2_FACTOR = 2.5
-"""How much more than the memory the L2 delivers."""
+L2_PER_SM, L2_PORT = 45e9, 90e9
+"""Bytes a second that the L2 delivers for every multiprocessor when all of them read, and to one that reads alone."""
 LAUNCH = 2e-6
 """Seconds of one more kernel."""
 STAGE_LATENCY = 0.7e-6
 """Seconds until the first stage of a block has arrived and its last sum is stored."""
 SPLIT_MARGIN = 1.08
 """By how much a split must win: it takes workspace as well."""
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 MOST_PARTIAL = 2**28
 """Elements of all partial sums: 1 GiB of workspace would not pay."""
 RESERVED = 1024
@@ -119,12 +119,13 @@ def seconds(size: GemmSize, plan: Plan, fit: int, rate: float, gpu: Gpu, issued:
     moved = size.a_bytes + size.batch * (size.n * size.k * size.element + size.m * size.n * size.out)
     partial = 0 if plan.split == 1 else 2 * 4 * plan.split * size.batch * size.m * size.n
     busy = min(1.0, blocks / gpu.multiprocessors)
-    memory = moved / gpu.bandwidth / busy
-    # Partial sums that fit are read back from the L2.
-    memory += partial / (gpu.bandwidth * (L2_FACTOR if partial < gpu.l2_bytes else 1))
-    extra = LAUNCH if plan.split > 1 else 0.0
+    l2 = min(L2_PER_SM * gpu.multiprocessors, L2_PORT * blocks)
+    # Partial sums that fit stay in the L2. They are written while blocks multiply, and read when all are done.
+    passed = partial / 2 / (l2 if partial < gpu.l2_bytes else gpu.bandwidth)
+    memory = moved / gpu.bandwidth / busy + passed
+    extra = LAUNCH + passed if plan.split > 1 else 0.0
     latency = STAGE_LATENCY * (waves + (1 if rest else 0))
-    total = max(compute, copied / (L2_FACTOR * gpu.bandwidth * busy), memory) + latency + extra
+    total = max(compute, copied / l2, memory) + latency + extra
     return total * (SPLIT_MARGIN if plan.split > 1 else 1.0)
 
 

@@ -76,7 +76,7 @@ class Core(ABC):
         chunks of the stage chosen so that neither the copies nor the reads meet in one bank."""
 
     def stage_elements(self, rows: int) -> int:
-        """Elements that one stage of an operand of `rows` rows takes; more than `rows * bk` where `place` leaves gaps."""
+        """Elements that a stage of an operand of `rows` rows takes; more than `rows * bk` where `place` leaves gaps."""
         return rows * self.tile.bk
 
     @abstractmethod

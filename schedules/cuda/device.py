@@ -1,8 +1,8 @@
-"""The GPU that code is scheduled for: multiprocessors, registers, shared memory, rates. Every number of a GPU lives here.
+"""The GPU that code is scheduled for: multiprocessors, registers, shared memory, rates. Every number of one lives here.
 
 Limits are NVIDIA's, by compute capability (CUDA C++ Programming Guide, table "Technical Specifications per Compute
-Capability"); rates are of one typical board of that capability, from the vendor's data sheets, and only the choice among
-lowerings and block tiles rests on them.
+Capability"); rates are of one typical board of that capability, from the vendor's data sheets, and only the choice
+among lowerings and block tiles rests on them.
 """
 
 from __future__ import annotations

@@ -24,10 +24,13 @@ from ..cpu.tir_tools import substitute
 from ..cpu.vector_math import op_name
 
 Condition = tuple[Any, ...]
+MOST_ELEMENTS = 2**31
+"""Kernels that are written from equations index with 32 bits."""
 
 
 class NotAnEquation(ValueError):
-    """A block that stores more than one element, through axes of another kind, or has symbolic sizes."""
+    """A block that stores more than one element, through axes of another kind, has symbolic sizes, or touches a tensor
+    that takes more than 32 bits to index."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,9 @@ def equation_of(block: BlockInfo) -> Equation:
         block.node.init.value if block.node.init is not None else None,
         {str(k): v for k, v in block.node.annotations.items()},
     )
+    for buffer in (found.buffer, *found.sources):
+        if (size := prod(int(extent) for extent in buffer.shape)) >= MOST_ELEMENTS:
+            raise NotAnEquation(f"{block.name} touches {buffer.name} of {size} elements, 32 bits index fewer")
     return found if all(str(axis.ty.dtype) == "int32" for axis in found.axes) else _in_32_bits(found)
 
 

@@ -116,12 +116,16 @@ def candidates(found: Contraction, gpu: Gpu, tf32: bool) -> list[tuple[float, st
 
 def fitted(name: str, tile: BlockTile, found: Contraction, gpu: Gpu) -> BlockTile | None:
     """The tile with as many of its stages as fit into shared memory; None where too few do."""
-    least = 2 + CORES[name].in_flight
-    for stages in range(tile.stages, least - 1, -1):
+    for stages in range(tile.stages, least_stages(name) - 1, -1):
         fitting = replace(tile, stages=stages)
         if shared_bytes(name, fitting, found) <= gpu.shared_per_block:
             return fitting
     return None
+
+
+def least_stages(name: str) -> int:
+    """Stages that a core needs: one that is copied to, one that is multiplied, and those that it still reads."""
+    return 2 + CORES[name].in_flight
 
 
 def choose(found: Contraction, gpu: Gpu, knobs: Mapping[str, Any], tf32: bool) -> tuple[Plan, str]:
@@ -140,7 +144,7 @@ def choose(found: Contraction, gpu: Gpu, knobs: Mapping[str, Any], tf32: bool) -
     else:
         _, name, plan = ranked[0]
     if (stages := positive(knobs, "stages")) is not None:
-        most = fitted(name, replace(plan.tile, stages=stages), found, gpu)
+        most = fitted(name, replace(plan.tile, stages=max(stages, least_stages(name))), found, gpu)
         assert most is not None, "the plan's own tile fits with its fewest stages"
         plan = replace(plan, tile=most)
     if (split := positive(knobs, "split_k")) is not None:

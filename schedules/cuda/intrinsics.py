@@ -37,10 +37,11 @@ Warp groups (sm_90a alone). The 128 threads of an aligned group of 4 warps call 
     gemmify_wgmma_m64nNk16_f16(float* c, const void* a, int at_a, const void* b, int at_b), .._bf16, N = 8, 16 .. 256
     gemmify_wgmma_m64nNk8_tf32(float* c, const void* a, int at_a, const void* b, int at_b)
         Starts C[64][N] += A[64][k] B[N][k]^T in float32; TF32 does not look at the lower 13 bits of an operand. The
-        operands start `at_a` and `at_b` bytes (multiples of 16) behind `a` and `b`, which are the same in all threads. Both operands are K-major under the 128-byte swizzle: a row takes 128 bytes, a
-        row's 16-byte chunk c lies at chunk c ^ (row % 8), rows 0 .. 7 start at a multiple of 1024 bytes: the hardware
-        XORs bits 4 .. 6 of the address with its bits 7 .. 9. Byte j < 32 of row r of A is therefore read at
-        swizzle(a + at_a + 128 r + j); an operand may start at byte 0, 32, 64 or 96 of row 0, as if unswizzled.
+        operands start `at_a` and `at_b` bytes (multiples of 16) behind `a` and `b`, which are the same in all threads.
+        Both are K-major under the 128-byte swizzle: a row takes 128 bytes, a row's 16-byte chunk c lies at chunk
+        c ^ (row % 8), rows 0 .. 7 start at a multiple of 1024 bytes: the hardware XORs bits 4 .. 6 of the address with
+        its bits 7 .. 9. Byte j < 32 of row r of A is therefore read at swizzle(a + at_a + 128 r + j); an operand may
+        start at byte 0, 32, 64 or 96 of row 0, as if unswizzled.
         With w = (threadIdx.x / 32) % 4:   c[4 i + 2 h + e] = C[16 w + g + 8 h][8 i + 2 t + e],  h, e in 0 .. 1.
         Shared memory is read, and c written, at any time up to the wait: c must not be touched before.
     gemmify_wgmma_fence()         before the first wgmma, and wherever c was written by other instructions.

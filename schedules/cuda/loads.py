@@ -23,10 +23,11 @@ from typing import Any
 
 import tvm_ffi
 from tvm import sym, tirx
+from tvm.ir import TensorLoad
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Var
 
-from ..cpu.tir_tools import constant, substitute
+from ..cpu.tir_tools import collect, constant, substitute
 from .affine import decompose, ranged, split, total, vector_width
 from .contraction import Axis, Contraction, Operand
 from .core import BlockTile, Core
@@ -228,6 +229,9 @@ class Loader:
     def _fetch_load(self, i: Any, row: dict[str, Any], k_values: dict[Var, Any], valid: list[Any], stage: Any) -> None:
         assert self.operand.load is not None
         index = self._sum(self.operand.load.indices[0], row, k_values)
+        if valid and collect(index, TensorLoad):
+            # Where the index is read from a table, that has an end, too.
+            index = tirx.if_then_else(tirx.all(*valid), index, tirx.const(0, "int32"))
         valid = [*valid, *(self._condition(c, row, k_values) for c in self.operand.inside)]
         source = self.views[self.operand.load.source]
         ok = every(valid)

@@ -10,15 +10,19 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Var
 
+from .intrinsics import keep_size
+
 
 def shared_memory(size: int, dtype: str, align: int) -> Var:
     """The block's dynamic shared memory as `size` elements of `dtype`.
 
     CUDA C++ takes all declarations of one name in a text for one array, which they must then agree on: the name says
-    what they could differ in.
+    what they could differ in. One element is named alone: TVM declares what is only read and written in vectors as an
+    array of such.
     """
     memory = T.alloc_buffer((size,), dtype, scope="shared.dyn", align=align)
     IRBuilder.name(f"shared_{dtype}_{align}", memory)
+    keep_size(memory, size)
     return memory
 
 

@@ -2,14 +2,16 @@
 
 A warp's lanes are laid 4 x 8 over its part of C. A lane has rows and columns in runs of 4:
 
-    row(i) = 4 (lane / 8) + 16 (i / 4) + i % 4      i < tm
-    column(j) = 4 (lane % 8) + 32 (j / 4) + j % 4   j < tn
+    lane_m = lane % 2 + 2 (lane / 16)               lane_n = lane / 2 % 8
+    row(i) = 4 lane_m + 16 (i / 4) + i % 4          i < tm
+    column(j) = 4 lane_n + 32 (j / 4) + j % 4       j < tn
 
 Both operands lie along k, so that one 128-bit read gives a row's next `chunk` steps (4 of float32): tm + tn reads for
-tm tn chunk multiply-adds, as in the form that lies along m. The lanes that share a read are answered by one broadcast.
+tm tn chunk multiply-adds, as in the form that lies along m. A read of 128 bits is answered in 4 parts, but in 2 where
+lane and lane ^ 1, or lane and lane ^ 2, ask for the same: neighbours share a column, lanes 2 apart share a row.
 
-After every 4 rows of a stage one chunk stays empty. The 8 lanes that are served together read rows 4 apart, whose
-chunks then lie in 8 different groups of 4 banks; the 8 chunks that 8 threads copy together do so as well.
+After every 4 rows of a stage one chunk stays empty. The lanes that are answered together read at most 8 rows, 4 apart,
+whose chunks then lie in 8 different groups of 4 banks; the 8 chunks that 8 threads copy together do so as well.
 """
 
 from __future__ import annotations
@@ -73,8 +75,10 @@ class SimtCore(Core):
         tile, (self.tm, self.tn) = self.tile, thread_tile(self.tile)
         warp, lane = tirx.floordiv(thread, 32), tirx.floormod(thread, 32)
         warp_m, warp_n = tirx.floormod(warp, tile.warps_m), tirx.floordiv(warp, tile.warps_m)
-        first_row = warp_m * (tile.bm // tile.warps_m) + tirx.floordiv(lane, LANES_N) * RUN
-        first_column = warp_n * (tile.bn // tile.warps_n) + tirx.floormod(lane, LANES_N) * RUN
+        lane_m = tirx.floormod(lane, 2) + tirx.floordiv(lane, 2 * LANES_N) * 2
+        lane_n = tirx.floormod(tirx.floordiv(lane, 2), LANES_N)
+        first_row = warp_m * (tile.bm // tile.warps_m) + lane_m * RUN
+        first_column = warp_n * (tile.bn // tile.warps_n) + lane_n * RUN
         self.first_row, self.first_column = named("first_row", first_row), named("first_column", first_column)
         self.sums = T.alloc_buffer((self.tm * self.tn,), self.accumulator, scope="local")
         self.of_a = T.alloc_buffer((self.chunk,), self.operand, scope="local")

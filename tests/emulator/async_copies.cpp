@@ -35,7 +35,8 @@ void gemmify_emulator_copy(void* shared, const void* global, unsigned bytes, boo
   watch(shared, bytes, true);
   if (valid) watch(global, bytes, false);
   Thread& thread = current();
-  thread.copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes, valid});
+  auto to = static_cast<unsigned char*>(shared);
+  thread.copies.push_back({to, static_cast<const unsigned char*>(global), bytes, valid});
   if (block.copies_at_once) perform(thread, thread.copies.back());
 }
 

@@ -83,8 +83,8 @@ std::string stuck() {
     if (first == nullptr) first = &thread;
     alike += thread.line == first->line && thread.what == first->what;
   }
-  return std::to_string(alike) + " of " + std::to_string(block.count) + " threads wait at " + first->what + " in line " +
-         std::to_string(first->line) + " for others that never come (" + std::to_string(block.done) + " have ended)";
+  return std::to_string(alike) + " of " + std::to_string(block.count) + " threads wait at " + first->what +
+         " in line " + std::to_string(first->line) + " for others that never come (" + std::to_string(block.done) + " have ended)";
 }
 
 bool run_warp(unsigned warp, const std::vector<unsigned>& lanes) {
@@ -231,8 +231,8 @@ void gemmify_emulator_barrier(int line) {
   if (++block.at_barrier < block.count) return wait_for_others(State::AT_BARRIER, line, "a barrier");
   for (unsigned i = 0; i < block.count; ++i)
     if (i != thread.number && block.threads[i].line != line)
-      fail("threads of one block wait at the barriers of line " + std::to_string(block.threads[i].line) + " and of line " +
-           std::to_string(line));
+      fail("threads of one block wait at the barriers of line " + std::to_string(block.threads[i].line) +
+           " and of line " + std::to_string(line));
   block.at_barrier = 0;
   watch_barrier();
   for (unsigned i = 0; i < block.count; ++i) block.threads[i].state = State::READY;
@@ -254,8 +254,8 @@ void gemmify_emulator_together(unsigned mask, bool group, int line, const char* 
     std::fill(std::begin(meeting.payloads), std::end(meeting.payloads), nullptr);
   }
   if (meeting.line != line || meeting.mask != mask)
-    fail(std::string("threads of one warp are at ") + what + " in line " + std::to_string(line) + " and at " + meeting.what +
-         " in line " + std::to_string(meeting.line));
+    fail(std::string("threads of one warp are at ") + what + " in line " + std::to_string(line) + " and at " +
+         meeting.what + " in line " + std::to_string(meeting.line));
   meeting.payloads[lane] = payload;
   unsigned expected = group ? WARP_GROUP : __builtin_popcount(mask);
   if (++meeting.arrived < expected) return wait_for_others(State::TOGETHER, line, what);

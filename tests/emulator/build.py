@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -69,17 +70,15 @@ def headers_digest() -> str:
 def make(name: str, command: Callable[[Path], None]) -> Path:
     """`name` in the folder, made by `command(path)` where it is not there; many processes may ask at once."""
     final = folder() / name
-    if final.exists():
-        os.utime(final)
-        return final
-    with tempfile.TemporaryDirectory(dir=folder(), prefix="making-") as place:
-        path = Path(place) / name
-        command(path)
-        try:
+    with open(folder() / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait, and find it made
+        if final.exists():
+            os.utime(final)
+            return final
+        with tempfile.TemporaryDirectory(dir=folder(), prefix="making-") as place:
+            path = Path(place) / name
+            command(path)
             path.rename(final)
-        except OSError:  # a folder that another process made meanwhile
-            if not final.exists():
-                raise
     return final
 
 

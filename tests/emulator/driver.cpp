@@ -50,8 +50,8 @@ bool runs_here(int arch) {  // Machine code runs on its own major version, from 
   return arch / 10 == board().major && arch % 10 <= board().minor;
 }
 
-// From a file that is gone as soon as it is mapped. Its name is a new one each time: dlopen returns what it has loaded by
-// a name already, as it would for /proc/self/fd/N of two images.
+// From a file that is gone as soon as it is mapped. Its name is a new one each time: dlopen returns what it has loaded
+// by a name already, as it would for /proc/self/fd/N of two images.
 void* open_image(const char* image, size_t bytes) {
   const char* folder = std::getenv("TMPDIR");
   std::string path = std::string(folder != nullptr && *folder ? folder : "/tmp") + "/gemmify-kernel-XXXXXX";
@@ -74,9 +74,11 @@ int check_launch(const LaunchConfig& config, const Function& function) {
   if (threads == 0 || threads > 1024 || b.z > 64 || size_t(g.x) * g.y * g.z == 0 || g.y > 65535 || g.z > 65535)
     return complain(INVALID_VALUE, "a grid or block of impossible size");
   if (threads > function.max_threads)
-    return complain(INVALID_VALUE, std::to_string(threads) + " threads a block, __launch_bounds__ promised " + std::to_string(function.max_threads));
+    return complain(INVALID_VALUE, std::to_string(threads) + " threads a block, __launch_bounds__ promised " +
+                                       std::to_string(function.max_threads));
   if (config.shared_bytes > function.shared_limit)
-    return complain(INVALID_VALUE, std::to_string(config.shared_bytes) + " bytes of shared memory, allowed are " + std::to_string(function.shared_limit));
+    return complain(INVALID_VALUE, std::to_string(config.shared_bytes) + " bytes of shared memory, allowed are " +
+                                       std::to_string(function.shared_limit));
   if (config.attribute_count > 0) return complain(NOT_SUPPORTED, "launch attributes are not emulated");
   return SUCCESS;
 }
@@ -124,7 +126,8 @@ Board board_of(int capability) {
   bool large = capability == 80 || capability == 87;
   size_t kib = capability == 75 ? 64 : large ? 163 : capability / 10 == 8 || capability / 10 == 12 ? 99 : 227;
   size_t memory = size_t(environment("GEMMIFY_EMULATOR_MEMORY_MIB", 32 << 10)) << 20;
-  return {environment("GEMMIFY_EMULATOR_DEVICES", 1), capability / 10, capability % 10, 132, 50 << 20, memory, kib << 10};
+  int devices = environment("GEMMIFY_EMULATOR_DEVICES", 1);
+  return {devices, capability / 10, capability % 10, 132, 50 << 20, memory, kib << 10};
 }
 
 Board& mutable_board() {
@@ -219,9 +222,11 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
 }
 
 int cuFuncSetAttribute(Function* function, int which, int value) {
-  if (which != MAX_DYNAMIC_SHARED) return complain(NOT_SUPPORTED, "function attribute " + std::to_string(which) + " is not emulated");
+  if (which != MAX_DYNAMIC_SHARED)
+    return complain(NOT_SUPPORTED, "function attribute " + std::to_string(which) + " is not emulated");
   if (value < 0 || size_t(value) > board().shared_optin)
-    return complain(INVALID_VALUE, std::to_string(value) + " bytes of shared memory, a block may have " + std::to_string(board().shared_optin));
+    return complain(INVALID_VALUE, std::to_string(value) + " bytes of shared memory, a block may have " +
+                                       std::to_string(board().shared_optin));
   function->shared_limit = std::max<size_t>(value, function->shared_limit);
   return SUCCESS;
 }
@@ -239,7 +244,8 @@ int cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** argu
   return enqueue(config->stream, [=] {
     std::vector<void*> pointers;
     for (auto& value : *values) pointers.push_back(value.data());
-    return run({function->entry, pointers.data(), copy.grid, copy.block, copy.shared_bytes, function->name.c_str(), function->watched});
+    return run({function->entry, pointers.data(), copy.grid, copy.block, copy.shared_bytes, function->name.c_str(),
+                function->watched});
   });
 }
 

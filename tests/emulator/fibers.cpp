@@ -20,7 +20,8 @@ size_t page() {
 }
 
 unsigned char* reserve() {
-  void* memory = mmap(nullptr, BYTES + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, BYTES + page(), PROT_READ | PROT_WRITE, FLAGS, -1, 0);
   mprotect(memory, page(), PROT_NONE);
   return static_cast<unsigned char*>(memory);
 }

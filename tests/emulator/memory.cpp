@@ -1,9 +1,10 @@
 // Device memory: every allocation ends at a page that nothing may touch and begins behind one.
 //
 // All lies in one large part of the address space, far apart and no address used twice, so that a wild access meets
-// nothing of the host's and an access after cudaFree meets nothing at all. An allocation is filled with 0xFF (NaN in every floating-point type), so is what its size leaves of 256 bytes, the
-// alignment of cudaMalloc; what is written there shows on release. Outside of launches and copies the pages cannot be
-// touched at all: host code that follows a device pointer dies of SIGSEGV instead of working by luck.
+// nothing of the host's and an access after cudaFree meets nothing at all. An allocation is filled with 0xFF (NaN in
+// every floating-point type), so is what its size leaves of 256 bytes, the alignment of cudaMalloc; what is written there
+// shows on release. Outside of launches and copies the pages cannot be touched at all: host code that follows a device
+// pointer dies of SIGSEGV instead of working by luck.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -85,11 +86,10 @@ bool intact(const unsigned char* from, const unsigned char* to) {
 }
 
 int check(const Allocation& a) {
-  if (!intact(a.pages, a.data))
-    return complain(INVALID_VALUE, "something was written before an allocation of " + std::to_string(a.bytes) + " bytes");
-  if (!intact(a.data + a.bytes, a.end()))
-    return complain(INVALID_VALUE, "something was written behind an allocation of " + std::to_string(a.bytes) + " bytes");
-  return SUCCESS;
+  bool before = intact(a.pages, a.data), behind = intact(a.data + a.bytes, a.end());
+  if (before && behind) return SUCCESS;
+  return complain(INVALID_VALUE, std::string("something was written ") + (before ? "behind" : "before") +
+                                     " an allocation of " + std::to_string(a.bytes) + " bytes");
 }
 
 }  // namespace
@@ -98,11 +98,13 @@ int allocate(void** pointer, size_t bytes) {
   *pointer = nullptr;
   if (bytes == 0) return SUCCESS;
   if (total + bytes > board().memory)
-    return complain(OUT_OF_MEMORY, std::to_string(bytes) + " bytes asked for, " + std::to_string(board().memory - total) + " left");
+    return complain(OUT_OF_MEMORY, std::to_string(bytes) + " bytes asked for, " +
+                                       std::to_string(board().memory - total) + " left");
   size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   size_t page_bytes = (rounded + page() - 1) / page() * page();
   unsigned char* pages = take(page_bytes);
-  if (pages == nullptr) return complain(OUT_OF_MEMORY, "the host has no memory for " + std::to_string(bytes) + " bytes");
+  if (pages == nullptr)
+    return complain(OUT_OF_MEMORY, "the host has no memory for " + std::to_string(bytes) + " bytes");
   Allocation a{pages, page_bytes, bytes, pages + page_bytes - rounded};
   std::memset(a.pages, POISON, page_bytes);
   protect(a, depth > 0);

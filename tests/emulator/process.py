@@ -59,10 +59,17 @@ def install() -> None:
 def _compile(code: str) -> bytearray:
     import tvm
 
+    from gemmify.cuda.archs import arch_name
+    from gemmify.cuda.device import gpu_here
     from schedules.cuda.target import archs_of
 
     target = tvm.target.Target.current(allow_none=True)
-    archs = archs_of(target) if target is not None and target.kind.name == "cuda" else ("sm_90",)
+    if target is not None and target.kind.name == "cuda":
+        archs = archs_of(target)
+    else:  # as gemmify.cuda.callback: TVM may ask outside of the build, when a function is first called
+        here = gpu_here()
+        assert here is not None, "the emulator has no device to compile for (devices=0)"
+        archs = (arch_name(here.capability),)
     return bytearray(compile_text(code, archs, _watched or bool(os.environ.get("GEMMIFY_EMULATOR_WATCHED"))))
 
 

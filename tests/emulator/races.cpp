@@ -56,8 +56,8 @@ bool unordered(const Touch& earlier, uint32_t me, bool shared) {
   std::string other = earlier.who == MANY ? "several threads"
                                           : "thread " + std::to_string(earlier.who % MAX_THREADS) + " of block " +
                                                 std::to_string(earlier.who / MAX_THREADS);
-  fail(std::string("race: a ") + (write ? "write" : "read") + " of " + (shared ? describe_shared(pointer) : describe(pointer)) +
-       ", which " + other + (earlier_write ? " has written" : " has read") + " since the last barrier,");
+  std::string place = shared ? describe_shared(pointer) : describe(pointer);
+  fail(std::string("race: a ") + (write ? "write" : "read") + " of " + place + ", which " + other + (earlier_write ? " has written" : " has read") + " since the last barrier,");
 }
 
 void note(Cell& cell, uint32_t me, bool write, const void* pointer, bool shared) {

@@ -23,7 +23,8 @@ struct Event {
 };
 
 // Layout of cudaDeviceProp in CUDA 13, as far as it is filled.
-constexpr size_t PROPERTIES_BYTES = 1008, TOTAL_MEMORY = 288, SHARED_MEMORY = 296, MAJOR = 360, MINOR = 364, L2_BYTES = 596;
+constexpr size_t PROPERTIES_BYTES = 1008, TOTAL_MEMORY = 288, SHARED_MEMORY = 296;
+constexpr size_t MAJOR = 360, MINOR = 364, L2_BYTES = 596;
 
 int copy(void* to, const void* from, size_t bytes, int kind) {
   constexpr int HOST_TO_HOST = 0, HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2, DEVICE_TO_DEVICE = 3, BY_ADDRESS = 4;
@@ -95,7 +96,8 @@ int cudaSetDevice(int device) {
 int cudaDeviceGetAttribute(int* value, int which, int device) {
   if (device < 0 || device >= board().devices) return report(INVALID_DEVICE);
   *value = attribute(which);
-  return report(*value < 0 ? complain(INVALID_VALUE, "the emulator knows no device attribute " + std::to_string(which)) : SUCCESS);
+  if (*value >= 0) return SUCCESS;
+  return report(complain(INVALID_VALUE, "the emulator knows no device attribute " + std::to_string(which)));
 }
 int cudaGetDeviceProperties(void* properties, int device) {
   if (device < 0 || device >= board().devices) return report(INVALID_DEVICE);
@@ -195,7 +197,10 @@ int cudaEventCreate(Event** event) { return *event = new Event, SUCCESS; }
 int cudaEventDestroy(Event* event) { return delete event, SUCCESS; }
 int cudaEventRecord(Event* event, Stream* stream) {
   ENTRY;
-  return report(enqueue(stream, [=] { return event->time = std::chrono::steady_clock::now(), static_cast<int>(SUCCESS); }));
+  return report(enqueue(stream, [=] {
+    event->time = std::chrono::steady_clock::now();
+    return static_cast<int>(SUCCESS);
+  }));
 }
 int cudaEventSynchronize(Event*) {
   ENTRY;

@@ -9,7 +9,8 @@
 namespace emulator {
 namespace {
 
-constexpr size_t CAPACITY = 256 << 10, STATIC_LIMIT = 48 << 10, STATIC_CAPACITY = 64 << 10, GUARD = 64 << 20, GAP = 64, BASE_ALIGNMENT = 1024;
+constexpr size_t CAPACITY = 256 << 10, STATIC_LIMIT = 48 << 10, STATIC_CAPACITY = 64 << 10;
+constexpr size_t GUARD = 64 << 20, GAP = 64, BASE_ALIGNMENT = 1024;
 constexpr unsigned char POISON = 0xFF;
 
 // [untouchable][static arrays][untouchable][dynamic buffer, ending at][untouchable]
@@ -17,7 +18,8 @@ struct Arena {
   unsigned char *fixed, *dynamic_begin, *dynamic_end;
   Arena() {
     size_t bytes = 3 * GUARD + STATIC_CAPACITY + CAPACITY;
-    auto place = static_cast<unsigned char*>(mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    auto place = static_cast<unsigned char*>(mmap(nullptr, bytes, PROT_NONE, FLAGS, -1, 0));
     fixed = place + GUARD;
     dynamic_begin = fixed + STATIC_CAPACITY + GUARD;
     dynamic_end = dynamic_begin + CAPACITY;
@@ -83,7 +85,8 @@ std::string describe_shared(const void* pointer) {
   Arena& a = arena();
   auto p = static_cast<const unsigned char*>(pointer);
   if (p >= a.dynamic_begin - GUARD / 2 && p < a.dynamic_end + GUARD)
-    return "byte " + std::to_string(p - dynamic_data) + " of " + std::to_string(dynamic_bytes) + " of dynamic shared memory";
+    return "byte " + std::to_string(p - dynamic_data) + " of " + std::to_string(dynamic_bytes) +
+           " of dynamic shared memory";
   if (p >= a.fixed - GUARD && p < a.fixed + STATIC_CAPACITY + GUARD / 2) return "beside the static shared memory";
   return "";
 }
@@ -116,7 +119,8 @@ bool is_unfenced(const void* pointer) {
 using namespace emulator;
 
 extern "C" void* gemmify_emulator_dynamic_shared(unsigned alignment) {
-  if (reinterpret_cast<uintptr_t>(dynamic_data) % std::max(alignment, 1u)) fail("the dynamic shared memory is not aligned as declared");
+  if (reinterpret_cast<uintptr_t>(dynamic_data) % std::max(alignment, 1u))
+    fail("the dynamic shared memory is not aligned as declared");
   return dynamic_data;
 }
 

@@ -31,7 +31,8 @@ int begin_capture(Stream* stream) {
 
 int end_capture(Stream* stream, Graph** graph) {
   *graph = nullptr;
-  if (stream == nullptr || stream->capture == nullptr) return complain(INVALID_VALUE, "the stream is not being captured");
+  if (stream == nullptr || stream->capture == nullptr)
+    return complain(INVALID_VALUE, "the stream is not being captured");
   Graph* captured = stream->capture;
   stream->capture = nullptr;
   capturing = nullptr;

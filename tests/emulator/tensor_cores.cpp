@@ -124,16 +124,19 @@ WarpGroup& warp_group() { return block.warp_groups[current().number / WARP_GROUP
 void check_operand(const void* operand, int rows, const char* name) {
   auto address = reinterpret_cast<uintptr_t>(operand);
   auto first = reinterpret_cast<const unsigned char*>(address / 1024 * 1024);
-  if (address % 1024 > 96 || address % 32) fail(std::string("wgmma's ") + name + " does not start at a multiple of 1024 bytes, or 32, 64, 96 behind");
-  if (!in_shared(first, 128 * rows)) fail(std::string("wgmma's ") + name + " is not all in shared memory: " + describe_shared(operand));
+  auto refuse = [=](const std::string& why) { fail(std::string("wgmma's ") + name + why); };
+  if (address % 1024 > 96 || address % 32) refuse(" does not start at a multiple of 1024 bytes, or 32, 64, 96 behind");
+  if (!in_shared(first, 128 * rows)) refuse(" is not all in shared memory: " + describe_shared(operand));
   watch(first, 128 * rows, false);
   for (int chunk = 0; chunk < rows * 8; ++chunk)
-    if (is_unfenced(first + 16 * chunk)) fail(std::string("wgmma's ") + name + " was written by cp.async without gemmify_fence_proxy_async after the wait");
+    if (is_unfenced(first + 16 * chunk))
+      refuse(" was written by cp.async without gemmify_fence_proxy_async after the wait");
 }
 
 void start_multiplication(void** payloads) {
   const Start& first = *static_cast<Start*>(payloads[0]);
-  Multiplication m{{}, static_cast<const unsigned char*>(first.a), static_cast<const unsigned char*>(first.b), first.n, first.kind};
+  auto a = static_cast<const unsigned char*>(first.a), b = static_cast<const unsigned char*>(first.b);
+  Multiplication m{{}, a, b, first.n, first.kind};
   for (unsigned i = 0; i < WARP_GROUP; ++i) {
     const Start& one = *static_cast<Start*>(payloads[i]);
     if (one.a != first.a || one.b != first.b) fail("wgmma's operands are not the same in all threads");
@@ -183,7 +186,8 @@ void gemmify_emulator_ldmatrix(unsigned* d, const void* row, int count, int line
     watch(row, 16, false);
   }
   Load load{d, static_cast<const unsigned char*>(row)};
-  gemmify_emulator_together(ALL, false, line, "ldmatrix", &load, count == 4 ? load_matrices<4> : load_matrices<2>, false);
+  auto operation = count == 4 ? load_matrices<4> : load_matrices<2>;
+  gemmify_emulator_together(ALL, false, line, "ldmatrix", &load, operation, false);
 }
 
 void gemmify_emulator_mma(float* c, const unsigned* a, const unsigned* b, int kind, int line) {

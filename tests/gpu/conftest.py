@@ -48,6 +48,13 @@ def emulated(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.stash[EMULATED]
 
 
+@pytest.fixture
+def only_emulated(emulated: bool) -> None:
+    """For tests of the emulator."""
+    if not emulated:
+        pytest.skip("about the emulator, and this is a real GPU")
+
+
 @pytest.fixture(autouse=True)
 def sound_device(emulated: bool) -> Iterator[None]:
     """Each test begins with order 0 on an sm_90, and leaves no write beside an allocation behind."""

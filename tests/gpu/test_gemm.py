@@ -100,6 +100,9 @@ def test_every_value_of_the_space_is_taken() -> None:
         for value in values:
             assert gemm_kernel(func, gpu, {name: value}) is not None
     assert gemm_kernel(func, gpu, {name: values[-1] for name, values in space.items()}) is not None
+    wgmma = next(value for value in space["tile"] if str(value).startswith("wgmma"))
+    for stages in space["stages"]:
+        assert gemm_kernel(func, gpu, {"tile": wgmma, "stages": stages}) is not None
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,11 @@ def test_a_layer_alone(target: Callable[..., Any]) -> None:
     assert all(seconds > 0 for seconds in layer.time(repeat=2, warmup=1))
     with pytest.raises(InputError, match="im2row-strip does not apply: needs a cache"):
         compile_layer(PROBLEMS["plain"], "im2row-strip", target())
+
+
+@pytest.mark.parametrize("key", ["indirect-gemm", "precomp-gemm"])
+@pytest.mark.parametrize("c", [3, 8])
+def test_tables_of_offsets_are_not_read_past_their_ends(target: Callable[..., Any], key: str, c: int) -> None:
+    """Rows and steps that fill up a block have no entry in the table."""
+    layer = compile_layer(conv2d(c, 15, 15, 17, 3, s=2), key, target(), epilogue=())
+    assert check(layer, ()) is None

@@ -11,7 +11,7 @@ from typing import Any
 import emulator
 import numpy as np
 import pytest
-from models import make_model, small_cnn
+from models import make_model, single, small_cnn
 from onnx import helper
 
 import gemmify
@@ -130,6 +130,23 @@ def test_names_that_c_does_not_take_are_no_obstacle() -> None:
     x = random_inputs(compiled.inputs, 6)
     want = np.maximum(x["in/x:0"], 0).reshape(1, 3, 2, 2, 3, 2).max((3, 5))
     assert np.array_equal(compiled.run(x)[0], want)
+
+
+def test_weights_that_are_inputs_scratch_of_the_rest_and_graphs_without_kernels() -> None:
+    """A layer packs its weights in every run; what takes several kernels beside the layers gets scratch; a model that
+    only hands its input on has no kernel and no arena."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("InstanceNormalization", ["c", "scale", "bias"], ["y"]),
+    ]
+    values = {"scale": np.full(7, 0.5, np.float32), "bias": np.full(7, 0.25, np.float32)}
+    model = make_model(nodes, {"x": (2, 5, 9, 8), "w": (7, 5, 3, 3)}, ["y"], values)
+    compiled = gemmify.compile(model, target=f"cuda -arch={_arch()}")
+    inputs = random_inputs(compiled.inputs, 9)
+    _assert_close(compiled.run(inputs), inputs, model, ["y"])
+    handed = gemmify.compile(single("Identity", [(3, 4)]), target=f"cuda -arch={_arch()}")
+    x = random_inputs(handed.inputs, 10)["x0"]
+    assert np.array_equal(handed.run([x])[0], x)
 
 
 def test_verify_compares_with_the_reference(tmp_path: Path) -> None:

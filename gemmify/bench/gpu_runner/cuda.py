@@ -17,6 +17,7 @@ import numpy as np
 NAME = "libcudart.so.13"
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed: an allocation while another call is recorded is no error
 _UP, _DOWN = 1, 2  # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
+_OLD_DRIVER = 35  # cudaErrorInsufficientDriver
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor, -Minor
 _POINTER = ctypes.c_void_p
 
@@ -50,6 +51,8 @@ class Cuda:
         failed = lib.cudaGetDeviceCount(ctypes.byref(count))
         if failed or not count.value:
             why = lib.cudaGetErrorString(failed).decode() if failed else "the driver counts no device"
+            if failed == _OLD_DRIVER:  # what CUDA also says where there is none at all
+                why = "this machine has no NVIDIA driver, or one older than CUDA 13 needs (580)"
             raise CudaFailure(f"no GPU can be used: {why}")
         self.check(lib.cudaSetDevice(0))
         stream = _POINTER()

@@ -22,6 +22,7 @@ from lowering.base import activation_shape, weight_shape
 from lowering.problem import dtype_bytes
 from schedules import machine_of, parse_target
 
+from ...conformance import growth_of
 from ...export import write_library
 from ...kernels import layer_kernels, on_machine, operand_shape, scratch_of, too_large
 from ...pipeline_build import TIR_PIPELINE
@@ -58,7 +59,8 @@ class LibrarySpec:
     epilogue's operands (channels last). `weights` are the calls that are made once, in order: they transform the
     weight, or fill a table of offsets and read nothing. `calls` are those of one run of the layer, and `entry` names
     the arguments of ENTRY, which makes them; `output` is what it leaves. `views` are tensors of another shape in the
-    memory of one that a call writes: (shape, that one). `growth` is the lowering's `error_growth`.
+    memory of one that a call writes: (shape, that one). `growth` says how its
+    rounding errors grow, those of rounded factors included (`conformance.growth_of`).
     """
 
     tensors: dict[str, tuple[tuple[int, ...], str]]
@@ -143,7 +145,7 @@ def build_library(task: Task, point: Point, target: str, path: str, lowering: Lo
     weights = tuple(call for call in calls if call.writes in weight_stages)
     acting = tuple(call for call in calls if call.writes not in weight_stages)
     entry = tuple(dict.fromkeys(["data", *(name for call in acting for name in call.arguments)]))
-    growth = kernels.cost.error_growth
+    growth = growth_of(kernels)
     spec = LibrarySpec(tensors, weights, acting, entry, acting[-1].writes, growth, views)
     funcs[ENTRY] = _entry(spec)
     executable = tvm.compile(tvm.IRModule(funcs), target=resolved, tir_pipeline=TIR_PIPELINE)

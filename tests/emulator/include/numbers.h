@@ -49,7 +49,9 @@ static inline unsigned short gemmify_half_of_float(float value) {
 
 #endif
 
-static inline float gemmify_float_of_bfloat16(unsigned short bits) { return gemmify_float_of_bits(static_cast<unsigned>(bits) << 16); }
+static inline float gemmify_float_of_bfloat16(unsigned short bits) {
+  return gemmify_float_of_bits(static_cast<unsigned>(bits) << 16);
+}
 
 static inline unsigned short gemmify_bfloat16_of_float(float value) {
   unsigned bits = gemmify_bits_of_float(value);
