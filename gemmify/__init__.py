@@ -164,6 +164,7 @@ def tune(
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     seed: int = 0,
     from_nothing: bool = False,
     tracker: str | None = None,
@@ -178,10 +179,10 @@ def tune(
     It ends after `budget` (seconds, or text such as "20m"; it is the whole run's, with compiling and the finals), after
     `trials` trials a layer, or where nothing is left to gain; what earlier runs found on this machine is not measured
     again, unless with `from_nothing`. `layers` are names or patterns (default: all), `lowerings` keys (default: all
-    that apply), `max_workspace` and `max_error` bound the search as they bound `compile`, `seed` decides what is drawn.
-    `tracker` ("HOST:PORT") and `key` measure on `workers` devices of a TVM RPC tracker. `bundle` measures nothing: it
-    writes a tar file of candidates to run elsewhere, whose results `gemmify logs import` takes. Progress goes to the
-    standard error unless `quiet`.
+    that apply), `max_workspace` and `max_error` bound the search as they bound `compile`, `shapes` and `dtype` are as
+    for `compile`, `seed` decides what is drawn. `tracker` ("HOST:PORT") and `key` measure on `workers` devices of a TVM
+    RPC tracker. `bundle` measures nothing: it writes a tar file of candidates to run elsewhere, whose results `gemmify
+    logs import` takes. Progress goes to the standard error unless `quiet`.
 
     Returns a dict ready for JSON: "layers" (a row for each different layer: count, default, tuned and bound in seconds,
     ratio, choice), "networks" (untuned and tuned seconds), "trials", "seconds", "summary" and more. Raises InputError
@@ -204,6 +205,7 @@ def tune(
         max_workspace=max_workspace,
         max_error=max_error,
         shapes=shapes,
+        dtype=dtype,
         seed=seed,
         from_nothing=from_nothing,
         tracker=tracker,

@@ -74,6 +74,7 @@ def _execute(command: Any, args: argparse.Namespace) -> dict[str, Any]:
             "bundle",
             "imported",
             "minutes",
+            "dtype",
         )
         keywords = {name: getattr(args, name) for name in names} | {"shapes": dict(args.shape or []) or None}
         keywords |= log_choices(args)

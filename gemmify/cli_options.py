@@ -97,6 +97,9 @@ def _max_error_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-error", type=error_bound, metavar="X", help=said)
 
 
+_DTYPE = "convert a network of float32 to float16 or bfloat16, inputs and outputs too"
+
+
 def _log_options(parser: argparse.ArgumentParser) -> None:
     logs = "tuning logs, a folder or a .jsonl file (default: tuning_logs, then the shipped ones); several add up"
     parser.add_argument("--logs", action="append", metavar="DIR", help=logs)
@@ -120,8 +123,7 @@ def _compile_options(parser: argparse.ArgumentParser, dump: bool = True) -> None
     parser.add_argument("--lowering", type=_lowering, action="append", metavar="KEY|LAYER=KEY,...", help=lowering)
     parser.add_argument("--strict", action="store_true", help="fail where the lowering does not fit a layer")
     parser.add_argument("--shape", type=_shape, action="append", metavar="INPUT=SIZES", help="fix an input's shape")
-    dtype = "convert a network of float32 to float16 or bfloat16, inputs and outputs too"
-    parser.add_argument("--dtype", metavar="DTYPE", help=dtype)
+    parser.add_argument("--dtype", metavar="DTYPE", help=_DTYPE)
     parser.add_argument(
         "--max-workspace", type=size, metavar="BYTES", help="scratch memory of a layer at most, e.g. 65536 or 1MiB"
     )
@@ -149,6 +151,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lowering", type=_bench_lowering, action="append", metavar="KEY,...|LAYER=KEY,...", help=lowering
     )
+    parser.add_argument("--dtype", metavar="DTYPE", help=_DTYPE)
     _max_error_option(parser)
     _log_options(parser)
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")

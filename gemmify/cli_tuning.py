@@ -34,12 +34,26 @@ def tune_options(parser: argparse.ArgumentParser, names: Any, positive: Any) -> 
     add("--key", metavar="KEY", help="of the devices at the tracker")
     add("--workers", type=positive, metavar="N", help="devices to use at once (default 1)")
     add("--bundle", metavar="OUT.tar", help="measure nothing: pack candidates for a machine that cannot be reached")
+    add("--dtype", metavar="DTYPE", help="convert networks of float32 to float16 or bfloat16, as compile does")
     add("--quiet", action="store_true", help="print the result only")
 
 
 def tune_keywords(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `tuning.tune.tune` that the user gave."""
-    same = ("target", "budget", "trials", "lowerings", "logs", "seed", "tracker", "key", "workers", "bundle", "quiet")
+    same = (
+        "target",
+        "budget",
+        "trials",
+        "lowerings",
+        "logs",
+        "seed",
+        "tracker",
+        "key",
+        "workers",
+        "bundle",
+        "quiet",
+        "dtype",
+    )
     found = {name: getattr(args, name) for name in (*same, "threads", "from_nothing", "max_workspace", "max_error")}
     found["layers"] = tuple(args.layer)
     found["shapes"] = dict(args.shape) if args.shape else None

@@ -26,6 +26,8 @@ def tiny(tmp_path_factory):
         (["bench", "a", "--quick"], ["--quick belongs to --suite"]),
         (["bench", "--suite", "gemm", "--peers", "onnxruntime"], ["--peers belongs to a model"]),
         (["bench", "--suite", "gemm", "--shape", "x=1"], ["--shape belongs to a model"]),
+        (["bench", "--suite", "gemm", "--dtype", "float16"], ["--dtype belongs to a model"]),
+        (["bench", "squeezenet", "--dtype", "float16", "--peers", "onnxruntime"], ["the peers run a model as it is"]),
         (["bench", "--suite", "gem"], ["unknown suite 'gem'", "layers, gemm"]),
         (["bench", "--suite", "gemm", "--lowering", "a=im2row"], ["keys, not LAYER=KEY"]),
         (["bench", "--suite", "gemm", "--lowering", "plain,,auto"], ["is not NAME,NAME"]),

@@ -154,6 +154,19 @@ def test_one_model_twice_is_tuned_once(model: Path, tmp_path: Path) -> None:
     assert len([r for r in read(tmp_path).records if r.stage == "trial"]) == 1
 
 
+@pytest.mark.parametrize("budget", ["30s", pytest.param(None, marks=pytest.mark.slow)])
+def test_a_network_is_tuned_in_half_precision(model: Path, tmp_path: Path, budget: str | None) -> None:
+    words = {"layers": ["three"], "logs": tmp_path, "quiet": True, "budget": budget, "trials": 2}
+    gemmify.tune(str(model), dtype="float16", **words)
+    records = read(tmp_path).records
+    assert {record.task.problem.dtype for record in records} == {"float16"}
+    assert {record.outcome for record in records} == {"ok"}
+    assert ("network" in {record.stage for record in records}) == (budget is None)
+    assert gemmify.compile(str(model), dtype="float16", logs=tmp_path).manifest.tuning["tuned"] == 1
+    with pytest.raises(InputError, match="converted to float16, bfloat16 or float32"):
+        gemmify.tune(str(model), dtype="float8", **words)
+
+
 def test_what_was_asked_for_must_beat_what_compile_takes(model: Path, tmp_path: Path) -> None:
     """With --lowerings the untuned choice of `compile` is measured too: a slower lowering must not replace it."""
     words = {"layers": ["three"], "lowerings": ["im2row"], "logs": tmp_path, "quiet": True}
@@ -169,6 +182,7 @@ def test_what_was_asked_for_must_beat_what_compile_takes(model: Path, tmp_path: 
 
 GOOD = {
     "target": "llvm",
+    "dtype": None,
     "budget": "20m",
     "trials": None,
     "layers": (),

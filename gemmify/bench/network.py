@@ -47,6 +47,7 @@ def run_model(
     threads: int | None = None,
     repeat: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     lowering: Any = "auto",
     max_error: float | None = None,
     target: Any = "llvm",
@@ -60,15 +61,20 @@ def run_model(
 
     Ours is exported and loaded by a fresh process that has TVM's runtime only; every engine has a process of its own,
     `threads` threads and the same seeded inputs, and they take turns (see `measure_engines`). The limits of the machine
-    are measured first, the peak between the rounds too. `progress` is told a line a step. Returns a dict that is
-    ready for JSON: per engine seconds (best, median, p90, all), GFLOP/s and share of the multiply-add peak of this run,
-    `ratio` (its median over ours: above 1 we are faster), its outputs' difference from ours; per kernel, per layer and
-    per kind the seconds of ours, and `conv_fc_share`, the share of the convolutions and fully connected layers in
-    them. On a GPU there are no peers, the limits are those of its data sheet, and a time holds the copies of inputs and
-    outputs; the suite `gpu` compares without them. Raises InputError for an unknown or missing peer, for a model that a
-    peer cannot read and for a GPU that is not here, GemmifyError where an engine fails.
+    are measured first, the peak between the rounds too. `progress` is told a line a step. `dtype` converts the model as
+    `compile` does. Returns a dict that is ready for JSON: per engine seconds (best, median, p90, all), GFLOP/s and
+    share of the multiply-add peak of this run, `ratio` (its median over ours: above 1 we are faster), its outputs'
+    difference from ours; per kernel, per layer and per kind the seconds of ours, and `conv_fc_share`, the share of the
+    convolutions and fully connected layers in them. On a GPU there are no peers, the limits are those of its data
+    sheet, and a time holds the copies of inputs and outputs; the suite `gpu` compares without them. Raises InputError
+    for an unknown or missing peer, for a model that a peer cannot read, for peers of a model that is converted and for
+    a GPU that is not here, GemmifyError where an engine fails.
     """
     check_peers(peers)
+    if dtype is not None and peers:
+        raise InputError(
+            f"the peers run a model as it is, this one would be converted to {dtype}; leave one of them out"
+        )
     minutes = metaschedule.check_minutes(tuning_minutes, peers)
     gpu = _gpu(target, peers)
     if gpu is not None:
@@ -83,7 +89,7 @@ def run_model(
     progress(f"peak {peaks[0]:.0f} GFLOP/s, memory read {bandwidth['read']:.1f} GB/s, {threads} threads")
     with tempfile.TemporaryDirectory(prefix="gemmify-bench-") as folder:
         begin = time.perf_counter()
-        compiled = gemmify.compile(model, target=target, shapes=shapes, threads=threads, **options)
+        compiled = gemmify.compile(model, target=target, shapes=shapes, dtype=dtype, threads=threads, **options)
         inputs = random_inputs(compiled.inputs)
         files = {OURS: Path(compiled.export(Path(folder) / "ours.so"))}
         progress(f"{compiled.manifest.model} compiled in {time.perf_counter() - begin:.1f} s")

@@ -178,6 +178,7 @@ def peers_report(
     threads: int | None = None,
     repeat: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     lowering: Any = "auto",
     max_error: float | None = None,
     target: Any = "llvm",
@@ -198,7 +199,7 @@ def peers_report(
         if isinstance(model, str) and model not in ZOO and not Path(model).is_file():
             import_model(model, shapes)
     options = {"peers": peers, "threads": threads, "repeat": repeat, "lowering": lowering, "target": target}
-    options |= {"max_error": max_error, "tuning_minutes": tuning_minutes}
+    options |= {"max_error": max_error, "tuning_minutes": tuning_minutes, "dtype": dtype}
     check_minutes(tuning_minutes, peers)
 
     def run(model: Any) -> dict[str, Any]:

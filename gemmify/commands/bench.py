@@ -23,6 +23,7 @@ def execute(
     quick: bool = False,
     peers: Sequence[str] = (),
     shapes: dict[str, tuple[int, ...]] | None = None,
+    dtype: str | None = None,
     picture: str | None = None,
     bundle: str | None = None,
     imported: str | None = None,
@@ -46,7 +47,7 @@ def execute(
         raise InputError(f"{'--layer' if layer else '--quick'} belongs to --suite; leave it out for a model")
     of_models = {"--peers": peers, "--shape": shapes, "--max-error": options.get("max_error")}
     of_models |= {"--frozen": options.get("frozen"), "--logs or --no-logs": "logs" in options}
-    of_models["--tuning-minutes"] = options.get("tuning_minutes")
+    of_models |= {"--tuning-minutes": options.get("tuning_minutes"), "--dtype": dtype}
     if suite is not None and any(of_models.values()):
         given = next(name for name, value in of_models.items() if value)
         raise InputError(f"{given} belongs to a model; leave it out for a suite")
@@ -70,7 +71,7 @@ def execute(
         keys = lowering.split(",") if lowering else None
         options |= {"layer": layer, "lowerings": keys, "quick": quick}
         return _run_lowerings(picture, options) if suite == LOWERINGS else bench.run_suite(suite, **options)
-    options |= {"peers": peers, "shapes": shapes, "lowering": lowering or "auto"}
+    options |= {"peers": peers, "shapes": shapes, "dtype": dtype, "lowering": lowering or "auto"}
     return bench.run_model(models[0], **options) if len(models) == 1 else bench.peers_report(models, **options)
 
 

@@ -62,7 +62,14 @@ class Variants:
 
         begin = time.perf_counter()
         plan = Plan({name: point.lowering for name, point in choice.items()}, dict(choice))
-        options = {"shapes": self.net.shapes, "plan": plan, "logs": False, "strict": True, **self.bounds}
+        options = {
+            "shapes": self.net.shapes,
+            "dtype": self.net.dtype,
+            "plan": plan,
+            "logs": False,
+            "strict": True,
+            **self.bounds,
+        }
         model = compile_to_model(self.net.source, threads=self.threads, target=self.target, **options)
         path = self._folder / f"variant{len(self._made)}.so"
         model.export(path)

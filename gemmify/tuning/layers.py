@@ -38,15 +38,20 @@ class Network:
     name: str
     source: Any
     shapes: Mapping[str, Sequence[int]] | None
+    dtype: str | None
     layers: tuple[tuple[str, Task], ...]
 
 
 def network(
-    model: Any, shapes: Mapping[str, Sequence[int]] | None, machine: AnyMachine, names: Sequence[str] = ()
+    model: Any,
+    shapes: Mapping[str, Sequence[int]] | None,
+    machine: AnyMachine,
+    names: Sequence[str] = (),
+    dtype: str | None = None,
 ) -> Network:
     """The layers of `model` as tasks, in the order in which they run; only those whose name fits one of the patterns
     `names`, where any is given. Raises InputError for a pattern that fits none, and as `import_model`."""
-    imported = import_model(model, shapes)
+    imported = import_model(model, shapes, dtype)
     sites = list(layer_sites(lowering_graph(imported.mod), Policy()).values())
     known = [site.name for site in sites]
     for pattern in names:
@@ -59,7 +64,7 @@ def network(
             found.append((site.name, Task(site.problem, site.epilogue)))
     if not found:
         raise InputError(f"the model {imported.name} has no convolution and no fully connected layer to tune")
-    return Network(imported.name, model, shapes, tuple(found))
+    return Network(imported.name, model, shapes, dtype, tuple(found))
 
 
 def gather(networks: Sequence[Network]) -> list[TaskUse]:

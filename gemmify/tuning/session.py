@@ -78,7 +78,8 @@ class Session:
         self.threads = self._threads(elsewhere)
         self.id = secrets.token_hex(4)
         self.versions = this_versions()
-        self.networks = [network(m, settings.shapes, self.machine, settings.layers) for m in models]
+        chosen = (settings.shapes, self.machine, settings.layers, settings.dtype)
+        self.networks = [network(model, *chosen) for model in models]
         self.uses = gather(self.networks)
         self.where: MachineId = this_machine(self.target, self.threads)
         self.limits = {} if elsewhere else self._limits()

@@ -13,6 +13,7 @@ from typing import Any
 from ..durations import parse_duration
 from ..errors import InputError
 from ..export import check_destination
+from ..frontend.convert_dtype import check_dtype
 from ..policy import make_policy
 from ..threads import check_threads
 
@@ -40,6 +41,7 @@ class Settings:
     max_workspace: int | None
     max_error: float | None
     shapes: Mapping[str, Sequence[int]] | None
+    dtype: str | None
     tracker: str | None
     key: str | None
     workers: int
@@ -61,6 +63,7 @@ class Settings:
         max_workspace: int | str | None,
         max_error: float | str | None,
         shapes: Mapping[str, Sequence[int]] | None,
+        dtype: str | None,
         tracker: str | None,
         key: str | None,
         workers: int | None,
@@ -106,6 +109,7 @@ class Settings:
             policy.max_workspace,
             policy.max_error,
             shapes,
+            None if dtype is None else check_dtype(dtype),
             tracker,
             key,
             workers or 1,

@@ -28,6 +28,7 @@ def tune(
     max_workspace: int | str | None = None,
     max_error: float | str | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    dtype: str | None = None,
     tracker: str | None = None,
     key: str | None = None,
     workers: int | None = None,
