@@ -6,6 +6,7 @@ has neither such buffers (what one block writes another cannot wait for) nor suc
 they are stored). `as_staged` says so of a problem; a lowering is then built for it in these terms:
 
     scratch inside a kernel     a workspace of the whole batch, or, where that gives the form its purpose, refused
+                                (Winograd may keep it in shared memory where it fits: its free size `fused`)
     workspaces that are moved   in the dtype of the layer's tensors (`Stage.moves`), not of the arithmetic
     workspaces that are computed  in the dtype of the arithmetic
     free sizes                  those that shape scratch inside kernels are gone; padding is a predicate by default

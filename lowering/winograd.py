@@ -34,6 +34,7 @@ from .winograd_tensors import (
     inverse_apart,
     multiply,
     multiply_apart,
+    shared_block,
     tile_edge,
     transform_flops,
     transform_input,
@@ -67,7 +68,7 @@ class Winograd(Lowering):
     size_names = ("block", "fused")
     gemm_formula = "alpha^2 x [P x C]·[C x M]"
     workspace_formula = (
-        "e alpha^2 (P C + threads Pb nr); fused threads e alpha^2 Pb (C + nr); staged e alpha^2 P (C + M)"
+        "e alpha^2 (P C + threads Pb nr); fused threads e alpha^2 Pb (C + nr); staged e alpha^2 P (C + M), fused 0"
     )
     source = "Lavin & Gray 2015, section 4, algorithm 1 (arXiv 1509.09308)"
 
@@ -104,11 +105,12 @@ class Winograd(Lowering):
 
     def choices(self, problem: Problem) -> dict[str, tuple[Size, ...]]:
         """`block`: tiles of a block, one number a dimension; `fused`: the input transform within each block, V in
-        scratch of the thread, or ahead of all of them, V in memory. Nothing where the problem is staged: V and the
-        products are in memory, the tiles of all images side by side."""
+        scratch of the thread, or ahead of all of them, V in memory. Where the problem is staged, V and the products are
+        in memory by default, the tiles of all images side by side; `fused`, offered where they fit (`shared_block`),
+        keeps them in shared memory, the whole layer one kernel."""
         assert isinstance(problem, ConvProblem)
         if problem.staged:
-            return {}
+            return {} if shared_block(problem, self.m) is None else {"fused": (False, True)}
         usual = form_of(problem, self.m).fused
         blocks = block_choices(problem, self.m)
         return {**({"block": blocks} if len(blocks) > 1 else {}), "fused": (usual, not usual)}
@@ -125,10 +127,10 @@ class Winograd(Lowering):
         e = problem.scratch_element
         weights = e * positions * problem.c_group * columns
         workspace = {} if form.fused else {"winograd_input": e * positions * tiles * problem.c}
-        if problem.staged:
+        if problem.staged and not form.fused:
             workspace["winograd_product"] = e * positions * tiles * problem.m
         blocks = problem.n * prod(form.blocks)
-        held = (tile.nr, problem.c) if form.fused else (tile.nr,) * (not problem.staged)
+        held = () if problem.staged else (tile.nr, problem.c) if form.fused else (tile.nr,)
         return LoweringCost(
             gemms=(GemmShape(tiles, problem.m_group, problem.c_group, positions * problem.groups),),
             macs=positions * tiles * problem.c_group * columns,

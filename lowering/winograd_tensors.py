@@ -33,6 +33,11 @@ FUSE_BLOCKS = 8
 FUSE_TILES = 12
 # Blocks that a tuner may try: fewer tiles make no register tile, more leave every cache.
 FEWEST_TILES, MOST_TILES = 4, 256
+# A staged problem's fused form holds a block's tiles, and their products for so many channels at a time, in so much
+# shared memory: what every GPU gives a block without being asked.
+SHARED_BYTES = 48 << 10
+SHARED_TILES = 16
+SHARED_CHANNELS = 16
 # So many times BLOCK_BYTES the transformed tiles of a block may take there.
 SPILL = 4
 
@@ -88,7 +93,8 @@ def form_of(problem: ConvProblem, m: int, block: tuple[int, ...] | None = None, 
     each on its own."""
     if problem.staged:
         # One tile a block: the GEMM's rows, tiles of all images, then lie at one distance.
-        block, fused = (1,) * problem.dims, False
+        shared = shared_block(problem, m) if fused else None
+        block, fused = shared or (1,) * problem.dims, shared is not None
     if block is None or fused is None:
         usual_block, usual_fused = _default(problem, m)
         block, fused = usual_block if block is None else block, usual_fused if fused is None else fused
@@ -116,6 +122,21 @@ def _default(problem: ConvProblem, m: int) -> tuple[tuple[int, ...], bool]:
     fused = [b for b in fused if prod(b) >= FUSE_TILES]
     block = max(fused or blocks, key=lambda b: (prod(b), *reversed(b)))
     return block, problem.n * prod(grid) >= FUSE_BLOCKS * prod(block)
+
+
+@lru_cache(maxsize=1024)
+def shared_block(problem: ConvProblem, m: int) -> tuple[int, ...] | None:
+    """The block of a staged problem whose transformed tiles and products stay in the shared memory of a GPU's block
+    of threads: the most tiles, at most SHARED_TILES, that SHARED_BYTES hold. None where that are too few for a
+    register tile, and for groups."""
+    _, grid, positions = _tiling(problem, m)
+    # One more vector a row keeps rows in different banks.
+    tile_bytes = positions * (problem.c * problem.scratch_element + 16 + SHARED_CHANNELS * problem.scratch_element)
+    most = min(SHARED_TILES, SHARED_BYTES // tile_bytes)
+    blocks = [b for b in product(*map(_divisors, grid)) if min(FEWEST_TILES, prod(grid)) <= prod(b) <= most]
+    if problem.groups > 1 or not blocks:
+        return None
+    return max(blocks, key=lambda b: (prod(b), -max(b), b))
 
 
 @lru_cache(maxsize=1024)
@@ -240,7 +261,7 @@ def transform_input(problem: ConvProblem, form: Form, data: te.Tensor) -> te.Ten
         dtype,
     )
 
-    if problem.staged:
+    if problem.staged and not form.fused:
         # Position by position, so that the rows of each GEMM lie side by side.
         return te.compute(
             (*form.alpha, problem.n, *form.grid, problem.c),

@@ -168,46 +168,48 @@ def _digits(axis: Var, given: list[Any]) -> list[tuple[int, int]] | None:
 
 def chain_kernel(chain: Chain, gpu: Gpu) -> Stmt:
     """The kernel of a chain."""
-    return _Writer(chain, gpu).write()
+    last, tiles = chain.last, chain.tiles[chain.last.name]
+    outer = [d for d, tile in enumerate(tiles) if tile is not None]
+    outer.sort(key=lambda d: _stored_at(chain, d))
+    threads = prod(last.extents[d] for d in outer)
+    size = block_threads(threads, gpu)
+    grid = Grid(-(-threads // size), size)
+    position = grid.block * number(size) + grid.thread
+    tests = [] if threads % size == 0 else [position < number(threads)]
+    where = unravel(position, [last.extents[d] for d in outer], grid.analyzer)
+    return grid.launch(when(tests, ChainBody(chain, dict(zip(outer, where, strict=True)), grid.analyzer).write()))
 
 
-class _Writer:
-    """Writes one chain."""
+def _stored_at(chain: Chain, d: int) -> int:
+    """Where axis `d` of the last equation stands in what is stored."""
+    axis, final = chain.last.axes[d], chain.behind
+    if final is None:
+        found = [i for i, index in enumerate(chain.last.indices) if uses(index, [axis])]
+    else:
+        moved = placed(chain.last, final)
+        assert moved is not None
+        found = [i for i, index in enumerate(final.indices) if uses(substitute(index, moved[0]), [axis])]
+    return found[0] if found else -1
 
-    def __init__(self, chain: Chain, gpu: Gpu) -> None:
-        self.chain = chain
-        last, tiles = chain.last, chain.tiles[chain.last.name]
-        outer = [d for d, tile in enumerate(tiles) if tile is not None]
-        outer.sort(key=self._stored_at)
-        threads = prod(last.extents[d] for d in outer)
-        size = block_threads(threads, gpu)
-        self.grid = Grid(-(-threads // size), size)
-        position = self.grid.block * number(size) + self.grid.thread
-        self.tests = [] if threads % size == 0 else [position < number(threads)]
-        where = unravel(position, [last.extents[d] for d in outer], self.grid.analyzer)
-        self.at = dict(zip(outer, where, strict=True))
+
+class ChainBody:
+    """What one thread does for one tile of a chain: `at` is its place along the axes that tell tiles apart, by their
+    position in the last equation."""
+
+    def __init__(self, chain: Chain, at: dict[int, Any], analyzer: sym.Analyzer) -> None:
+        self.chain, self.at, self.analyzer = chain, at, analyzer
         self.held = {
             step.name: registers(_elements(chain, step), str(step.buffer.dtype), step.name)
             for step in (chain.steps if chain.behind is not None else chain.steps[:-1])
         }
 
-    def _stored_at(self, d: int) -> int:
-        """Where axis `d` of the last equation stands in what is stored."""
-        axis, final = self.chain.last.axes[d], self.chain.behind
-        if final is None:
-            found = [i for i, index in enumerate(self.chain.last.indices) if uses(index, [axis])]
-        else:
-            moved = placed(self.chain.last, final)
-            assert moved is not None
-            found = [i for i, index in enumerate(final.indices) if uses(substitute(index, moved[0]), [axis])]
-        return found[0] if found else -1
-
     def write(self) -> Stmt:
+        """All steps, and the store."""
         parts: list[Stmt] = [AllocBuffer(buffer) for buffer in self.held.values()]
         parts += [self._step(step) for step in self.chain.steps]
         if self.chain.behind is not None:
             parts.append(self._behind(self.chain.behind))
-        return self.grid.launch(when(self.tests, sequence(parts)))
+        return sequence(parts)
 
     def _point(self, step: Equation) -> tuple[dict[Var, Any], list[tuple[Var, int]]]:
         """(the axes of a step, the loops over those within the tile)"""
@@ -217,7 +219,7 @@ class _Writer:
             if tile is None:
                 at[axis] = var = Var(axis.name, "int32")
                 loops.append((var, extent))
-                self.grid.analyzer.bind(var, Range(0, extent))
+                self.analyzer.bind(var, Range(0, extent))
             else:
                 at[axis] = self.at[tile]
         return at, loops
@@ -244,7 +246,7 @@ class _Writer:
             where = [at[axis] for axis in step.axes]
             body: Stmt = BufferStore(self.held[step.name], value, [self._flat(step, where)])
         else:
-            indices = [self.grid.analyzer.simplify(substitute(i, at)) for i in step.indices]
+            indices = [self.analyzer.simplify(substitute(i, at)) for i in step.indices]
             body = BufferStore(step.buffer, value, indices)
         return _unrolled(loops, body)
 
@@ -252,7 +254,7 @@ class _Writer:
         moved = placed(self.chain.last, behind)
         assert moved is not None
         at, loops = self._point(self.chain.last)
-        simplify = self.grid.analyzer.simplify
+        simplify = self.analyzer.simplify
         own = {axis: simplify(substitute(value, at)) for axis, value in moved[0].items()}
         last = self.chain.last
         held = BufferLoad(self.held[last.name], [self._flat(last, [at[axis] for axis in last.axes])])

@@ -3,7 +3,8 @@
 1. what only maps elements goes into its readers, where that repeats no work worth the name;
 2. a sum of shifted products that are held in registers is one product (merge.py);
 3. from the last block to the first: the transforms of a tile (chain.py); a product of matrices and what is done to its
-   result; equations that agree on their rows (rows.py); a sum and the map behind it; anything else on its own.
+   result; equations that agree on their rows (rows.py); a sum and the map behind it; anything else on its own;
+4. a product between two chains joins them where what lies between fits in shared memory (staged.py).
 
 A tensor that lies between two parts is scratch: a parameter of the function.
 """
@@ -25,6 +26,7 @@ from .chain import Chain, find_chain, placed
 from .equation import Equation, equation_of, map_loads, same
 from .merge import merged
 from .rows import Rows, find_rows
+from .staged import Staged, find_staged
 
 AXES_ANNOTATION = "gemmify.axes"
 COPY_ANNOTATION = "gemmify.copy"
@@ -32,7 +34,7 @@ CHAINED = ("gemmify.chain", "gemmify.step", "gemmify.sweep")
 REPEATS = 4
 """An element that is read more often than this is computed once, unless it is only moved."""
 
-Kind = Literal["gemm", "sum", "map", "chain", "rows"]
+Kind = Literal["gemm", "sum", "map", "chain", "rows", "staged"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Part:
     """The loop nests of the blocks, as they stand in the function."""
     chain: Chain | None = None
     rows: Rows | None = None
+    staged: Staged | None = None
 
     @property
     def result(self) -> Equation:
@@ -64,7 +67,24 @@ def partition(func: tirx.PrimFunc) -> tuple[tirx.PrimFunc, list[Part]]:
     if (whole := merged(equations)) is not None:
         last = next(i for i, eq in enumerate(equations) if eq.buffer.same_as(whole.buffer))
         equations, found = [whole, *equations[last + 1 :]], [nest_of(whole), *found[last + 1 :]]
-    return func, list(reversed(list(_parts(equations, found, func))))
+    parts = list(reversed(list(_parts(equations, found, func))))
+    return func, list(_together(parts, equations, list(func.params)))
+
+
+def _together(parts: list[Part], equations: list[Equation], kept: list[Any]) -> Iterator[Part]:
+    """The parts, a product between chains and these chains as one where that fits (staged.py)."""
+    while parts:
+        first, *rest = parts
+        if [part.kind for part in parts[:3]] == ["chain", "gemm", "chain"]:
+            ahead, gemm, behind = parts[:3]
+            assert ahead.chain is not None and behind.chain is not None
+            staged = find_staged(ahead.chain, gemm.equations, behind.chain, equations, kept)
+            if staged is not None:
+                yield Part("staged", (*ahead.equations, *gemm.equations, *behind.equations), (), staged=staged)
+                parts = parts[3:]
+                continue
+        yield first
+        parts = rest
 
 
 def nests(func: tirx.PrimFunc) -> Iterator[Any]:

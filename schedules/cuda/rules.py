@@ -2,6 +2,7 @@
 
     gemm       a product of matrices with its epilogue (gemm.py); what that refuses is a sum
     chain      the transforms of a tile, in the registers of a thread (chain.py)
+    staged     a product between two such chains, nothing of it in memory (staged.py)
     rows       equations that agree on their rows, such as softmax: a block a row (rows.py)
     sum        a reduction and the map behind it (reduction.py, window.py)
     transpose  a map that reads along another axis than it writes (transpose.py)
@@ -34,6 +35,7 @@ from .gemm_knobs import require_known
 from .partition import Part, nests, partition
 from .reduction import reduction_kernel
 from .rows import rows_kernel
+from .staged_kernel import staged_kernel
 from .transpose import find_transposed, transpose_kernel
 
 IS_SCHEDULED = "tirx.is_scheduled"
@@ -98,6 +100,8 @@ def _kernel(part: Part, func: PrimFunc, gpu: Gpu, knobs: Knobs) -> tuple[str, St
     """(the rule of a part, its kernels, the scratch that they need beside the tensors of the function)"""
     if part.kind == "gemm" and (made := _gemm(part, func, gpu, knobs)) is not None:
         return "gemm", *made
+    if part.staged is not None:
+        return "staged", staged_kernel(part.staged, gpu), []
     if part.chain is not None:
         return "chain", chain_kernel(part.chain, gpu), []
     if part.rows is not None:
