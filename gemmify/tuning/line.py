@@ -206,7 +206,7 @@ def _number(value: Any, name: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, found {number!r}")
-    return number
+    return _digits(number)  # as it would be written
 
 
 def _part(kind: type, data: Any, name: str) -> Any:

@@ -90,6 +90,8 @@ def copy_cost(found: Contraction, tile: BlockTile, gpu: Gpu) -> tuple[int, int]:
             registers += pieces.count * max(1, pieces.width * ELEMENT[operand.dtype] // 4)
         held = pieces.count <= MAX_ROWS
         registers += 2 * max(0, pieces.count - 4) if held else 8
+        if operand.load is not None and collect(operand.load.indices[0], TensorLoad):
+            registers += 2 * pieces.count  # entries of a table, on their way all at once
         instructions += pieces.count * tile.threads * (HELD_INSTRUCTIONS if held else COMPUTED_INSTRUCTIONS)
     return registers, instructions
 
