@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -174,18 +174,9 @@ def layer_kernels(
         tile = tile_for(lowering, problem, machine)
     else:
         require_tile(lowering, problem, tile, machine)
-    operands = _operand_placeholders(lowering, problem, ops)
-    stages = lowering.stages(problem, tile, make_epilogue(ops, operands, lowering.layout))
-    given = operand_shapes(problem, lowering.layout)
-    known = {name: (shape, problem.dtype) for name, shape in given.items()}
-    kernels = []
+    stages = stage_tensors(lowering, problem, ops, tile)
+    kernels = [_stage_kernel(s, stage_func(lowering, problem, t, machine), t[-1], machine, schedule) for s, t in stages]
     multiplied = multiplied_in(lowering, problem.dtype, machine)
-    attrs = {TF32: 1} if multiplied else {}
-    for stage in stages:
-        given_operands = operands if stage.kind == "output" else ()
-        kernel = _stage_kernel(stage, known, given_operands, machine, dict(schedule), attrs)
-        known[stage.name] = (kernel.shape, kernel.dtype)
-        kernels.append(kernel)
     scratch = sum(kernel.scratch_bytes for kernel in kernels if kernel.kind != "weight")
     cost = lowering.cost(problem, tile)
     cost = replace(cost, shared_bytes=cost.shared_bytes + scratch)
@@ -205,6 +196,28 @@ def multiplied_in(lowering: Lowering, dtype: str, machine: AnyMachine) -> str | 
     return "tf32" if rounded else None
 
 
+def stage_tensors(
+    lowering: Lowering, problem: Problem, ops: tuple[EpilogueOp, ...], tile: Tile
+) -> Iterator[tuple[Stage, list[te.Tensor]]]:
+    """Every stage of `lowering` and the tensors of its function: those that it reads, the epilogue's operands where it
+    writes the output, and last the one that it writes. `problem` is that of `on_machine`."""
+    operands = _operand_placeholders(lowering, problem, ops)
+    known = {name: (shape, problem.dtype) for name, shape in operand_shapes(problem, lowering.layout).items()}
+    for stage in lowering.stages(problem, tile, make_epilogue(ops, operands, lowering.layout)):
+        inputs = [te.placeholder(*known[name], name=name) for name in stage.reads]
+        output = stage.compute(*inputs)
+        known[stage.name] = (_sizes(output), str(output.dtype))
+        yield stage, [*inputs, *(operands if stage.kind == "output" else ()), output]
+
+
+def stage_func(
+    lowering: Lowering, problem: Problem, tensors: Sequence[te.Tensor], machine: AnyMachine
+) -> tirx.PrimFunc:
+    """The function of a stage, not scheduled yet, with what the schedule must know of the layer's precision."""
+    func = te.create_prim_func(list(tensors))
+    return func.with_attr(TF32, 1) if multiplied_in(lowering, problem.dtype, machine) else func
+
+
 def _operand_placeholders(lowering: Lowering, problem: Problem, ops: Sequence[EpilogueOp]) -> list[te.Tensor]:
     by_index = {op.operand: op for op in ops if op.operand is not None}
     return [
@@ -214,18 +227,13 @@ def _operand_placeholders(lowering: Lowering, problem: Problem, ops: Sequence[Ep
 
 
 def _stage_kernel(
-    stage: Stage,
-    known: dict[str, tuple[tuple[int, ...], str]],
-    operands: Sequence[te.Tensor],
-    machine: AnyMachine,
-    knobs: dict[str, int | str],
-    attrs: dict[str, int],
+    stage: Stage, func: tirx.PrimFunc, output: te.Tensor, machine: AnyMachine, schedule: ScheduleKnobs
 ) -> Kernel:
-    inputs = [te.placeholder(*known[name], name=name) for name in stage.reads]
-    output = stage.compute(*inputs)
-    func = te.create_prim_func([*inputs, *operands, output])
-    shape = tuple(int(extent) for extent in output.shape)
-    func = schedule_func(func.with_attrs(attrs) if attrs else func, machine, knobs)
+    func = schedule_func(func, machine, dict(schedule))
     if stage.kind == "workspace":
         func = func.with_attr("gemmify.workspace", 1)
-    return Kernel(stage.name, stage.reads, func, stage.kind, shape, str(output.dtype))
+    return Kernel(stage.name, stage.reads, func, stage.kind, _sizes(output), str(output.dtype))
+
+
+def _sizes(tensor: te.Tensor) -> tuple[int, ...]:
+    return tuple(int(extent) for extent in tensor.shape)

@@ -11,10 +11,10 @@ The tar holds, in the folder `gemmify-gpu`:
 
 from __future__ import annotations
 
+import gzip
 import os
 import secrets
 import shutil
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ import tvm
 import tvm_ffi
 
 from gemmify import __version__
+from gemmify.archive import write_tar
 from gemmify.bench import gpu_runner
 from gemmify.bench.gpu_build import Built, build_all
 from gemmify.bench.gpu_networks import build_network
@@ -65,7 +66,7 @@ def write_bundle(
     with tempfile.TemporaryDirectory(prefix="gemmify-gpu-") as made:
         folder = Path(made)
         described = fill(folder, target, progress=progress, **chosen)
-        write_file(place, lambda file: _tar(folder, file))
+        write_file(place, lambda file: _write(file, folder))
     size = place.stat().st_size
     if size > LARGEST:
         progress(
@@ -229,15 +230,6 @@ def find_cudart() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _tar(folder: Path, file: IO[bytes]) -> None:
-    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as tar:
-        for place in sorted(p for p in folder.rglob("*") if p.is_file()):
-            tar.add(place, f"{FOLDER}/{place.relative_to(folder)}", filter=_nobody)
-
-
-def _nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without the owner, who means nothing on another machine."""
-    entry.uid = entry.gid = 0
-    entry.uname = entry.gname = ""
-    entry.mode = 0o755 if entry.name.endswith(("run.py", ".so")) else 0o644
-    return entry
+def _write(file: IO[bytes], folder: Path) -> None:
+    with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6) as packed:
+        write_tar(packed, folder, FOLDER)

@@ -8,6 +8,7 @@ condition. `reduction.py` gives such a block a small buffer beside its consumer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import s_tir
@@ -20,11 +21,17 @@ from .tir_tools import uses
 
 def inline_producers(sch: s_tir.Schedule) -> None:
     """Inline every block that passes the rules above, in place."""
+    inline_where(sch, _wanted)
+
+
+def inline_where(sch: s_tir.Schedule, wanted: Callable[[BlockInfo, list[BlockInfo], Any], bool]) -> None:
+    """Inline, in place and one after the other, every block for which `wanted(block, all blocks, function)` holds and
+    TVM can."""
     func = sch.mod["main"]
     kept: set[str] = set()
     while True:
         blocks = root_blocks(sch)
-        block = next((b for b in blocks if b.name not in kept and _wanted(b, blocks, func)), None)
+        block = next((b for b in blocks if b.name not in kept and wanted(b, blocks, func)), None)
         if block is None:
             return
         try:

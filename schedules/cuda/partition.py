@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from tvm import s_tir, sym, tirx
 from tvm.ir import Range
-from tvm.s_tir import ScheduleError
 from tvm.tirx import BufferLoad, BufferStore, ForKind, Var
 
 from ..cpu.blocks import BlockInfo, consumers_of, is_output, root_blocks
+from ..cpu.inline import inline_where
 from ..cpu.tir_tools import loop, substitute, uses
 from .chain import Chain, find_chain, placed
 from .equation import Equation, equation_of, map_loads, same
@@ -186,17 +186,7 @@ def _ends_product(eq: Equation, equations: list[Equation]) -> bool:
 
 def inline(sch: s_tir.Schedule) -> None:
     """Step 1, in place."""
-    func = sch.mod["main"]
-    kept: set[str] = set()
-    while True:
-        blocks = root_blocks(sch)
-        block = next((b for b in blocks if b.name not in kept and _wanted(b, blocks, func)), None)
-        if block is None:
-            return
-        try:
-            sch.compute_inline(block.rv)
-        except ScheduleError:
-            kept.add(block.name)
+    inline_where(sch, _wanted)
 
 
 def columns_last(sch: s_tir.Schedule) -> None:

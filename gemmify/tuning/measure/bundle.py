@@ -15,14 +15,13 @@ import io
 import json
 import os
 import secrets
-import tarfile
 import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import tvm
@@ -31,6 +30,7 @@ import tvm_ffi
 from lowering.base import activation_shape, weight_shape
 from schedules import AnyMachine, Gpu, machine_of
 
+from ...archive import write_tar
 from ...conformance import Expected, tolerance
 from ...errors import GemmifyError, GemmifyWarning
 from ...export import check_destination, find_linker, write_file
@@ -128,7 +128,7 @@ def write_bundle(
         }
         (folder / "bundle.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         _add_runner(folder)
-        written = write_file(path, lambda file: _tar(folder, file))
+        written = write_file(path, lambda file: write_tar(file, folder, FOLDER))
         return Bundle(Path(written), len(packed.candidates), len(packed.failures))
 
 
@@ -165,20 +165,6 @@ def _of_gpu(target: tvm.target.Target) -> dict[str, Any]:
     if not isinstance(machine, Gpu):
         return {}
     return {"gpu": {"archs": list(target_archs(target)), "flush": FLUSHED * machine.l2_bytes}}
-
-
-def _tar(folder: Path, file: IO[bytes]) -> None:
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for place in sorted(p for p in folder.rglob("*") if p.is_file()):
-            tar.add(place, f"{FOLDER}/{place.relative_to(folder)}", filter=_nobody)
-
-
-def _nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without the owner, who means nothing on another machine."""
-    entry.uid = entry.gid = 0
-    entry.uname = entry.gname = ""
-    entry.mode = 0o755 if entry.name.endswith(("run.py", ".so")) else 0o644
-    return entry
 
 
 class _Packing:
